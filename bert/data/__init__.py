@@ -1,0 +1,1 @@
+"""From text to masked batches: sources, tokenisation into MDS shards, streaming loaders."""

@@ -1,0 +1,1 @@
+"""From a YAML recipe to a Composer training run: schema, builders, training."""
