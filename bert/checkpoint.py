@@ -1,0 +1,333 @@
+"""Checkpoints of the original M2 code: the one map between its parameter names and ours, and safe, strict loading."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bert.configuration import M2BertConfig
+from bert.errors import CheckpointError, nearest
+from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification, M2BertPreTrainedModel
+
+log = logging.getLogger(__name__)
+
+TASKS: dict[str, type[M2BertPreTrainedModel]] = {
+    "mlm": M2BertForMaskedLM,
+    "classification": M2BertForSequenceClassification,
+}
+# Composer prefixes a wrapped model's names with "model.", DistributedDataParallel with "module.".
+WRAPPER_PREFIXES = ("module.", "model.")
+# What a Composer checkpoint holds besides tensors and plain containers; none of these runs code when unpickled.
+SAFE_GLOBALS: list[Any] = [
+    datetime.timedelta,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.int64)),
+    np._core.multiarray._reconstruct,  # the pickled form of an array names this function
+    np._core.multiarray.scalar,
+]
+
+FILTER_NAMES = (
+    ("skip", "bias"),
+    ("position_features", "pos_emb.z"),
+    ("times", "pos_emb.t"),
+    ("decay_rates", "modulation.deltas"),
+)
+FILTER_NETWORKS = (("forward_network", "implicit_filter"), ("backward_network", "implicit_filter_rev"))
+# The original lists the one frequency of a filter under each of its sines.
+FREQUENCY_POSITIONS = (1, 3, 5)
+LAYER_NAMES = (
+    ("sequence_mixer.norm.weight", "attention.layernorm.weight"),
+    ("sequence_mixer.norm.bias", "attention.layernorm.bias"),
+    ("sequence_mixer.input_projection.weight", "attention.in_linear.weight"),
+    ("sequence_mixer.input_projection.bias", "attention.in_linear.bias"),
+    ("sequence_mixer.short_weight", "attention.short_filter.weight"),
+    ("sequence_mixer.short_bias", "attention.short_filter.bias"),
+    ("sequence_mixer.output_projection.weight", "attention.out_linear.weight"),
+    ("sequence_mixer.output_projection.bias", "attention.out_linear.bias"),
+    ("dimension_mixer.input.weight", "mlp.gated_layers.weight"),
+    ("dimension_mixer.output.weight", "mlp.wo.weight"),
+    ("dimension_mixer.output.bias", "mlp.wo.bias"),
+    ("dimension_mixer.norm.weight", "mlp.layernorm.weight"),
+    ("dimension_mixer.norm.bias", "mlp.layernorm.bias"),
+)
+ATTENTION_NAMES = (
+    ("sequence_mixer.qkv_projection.weight", "attention.self.Wqkv.weight"),
+    ("sequence_mixer.qkv_projection.bias", "attention.self.Wqkv.bias"),
+    ("sequence_mixer.output_projection.weight", "attention.output.dense.weight"),
+    ("sequence_mixer.output_projection.bias", "attention.output.dense.bias"),
+    ("sequence_mixer.norm.weight", "attention.output.LayerNorm.weight"),
+    ("sequence_mixer.norm.bias", "attention.output.LayerNorm.bias"),
+)
+OUTER_NAMES = (
+    ("bert.embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings.weight"),
+    ("bert.embeddings.token_type_embeddings.weight", "bert.embeddings.token_type_embeddings.weight"),
+    ("bert.embeddings.position_embeddings.weight", "bert.embeddings.position_embeddings.weight"),
+    ("bert.embeddings.norm.weight", "bert.embeddings.LayerNorm.weight"),
+    ("bert.embeddings.norm.bias", "bert.embeddings.LayerNorm.bias"),
+    ("bert.pooler.dense.weight", "bert.pooler.dense.weight"),
+    ("bert.pooler.dense.bias", "bert.pooler.dense.bias"),
+    ("classifier.weight", "classifier.weight"),
+    ("classifier.bias", "classifier.bias"),
+    ("head.dense.weight", "cls.predictions.transform.dense.weight"),
+    ("head.dense.bias", "cls.predictions.transform.dense.bias"),
+    ("head.norm.weight", "cls.predictions.transform.LayerNorm.weight"),
+    ("head.norm.bias", "cls.predictions.transform.LayerNorm.bias"),
+    ("head.bias", "cls.predictions.decoder.bias"),
+)
+WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
+DECODER = "cls.predictions.decoder.weight"  # the word embeddings again
+POSITION_IDS = "bert.embeddings.position_ids"  # 0, 1, ...: nothing to store
+# Where an MLM and a classification checkpoint differ, in the original's names.
+MLM_HEAD_PREFIX = "cls."
+CLASSIFICATION_HEAD_PREFIXES = ("bert.pooler.", "classifier.")
+
+
+def load_original(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    config: Mapping[str, Any],
+    task: str,
+    *,
+    allow_new_head: bool = False,
+) -> M2BertForMaskedLM | M2BertForSequenceClassification:
+    """Load a checkpoint of the original M2 code into our model, wholly or not at all.
+
+    Args:
+        source: a Composer checkpoint (.pt with `state/model/model.*`), a file with a plain state dict (.pt, .bin or
+            .safetensors), or such a dict.
+        config: the model's configuration in the original's field names; what it leaves out and the weights show
+            (mixers, sizes, lengths) is read from the weights.
+        task: "mlm" or "classification".
+        allow_new_head: with task "classification", whether a masked-LM checkpoint may be loaded, with a pooler and a
+            classifier drawn anew (said in the log).
+
+    Returns:
+        The model, in fp32 on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: the file cannot be read without running code, or names or shapes do not match; the message
+            lists the differences.
+    """
+    if task not in TASKS:
+        raise CheckpointError(f"no task '{task}': {nearest(task, TASKS)}")
+    original = read_state_dict(source)
+    values = {**_fields_shown_by(original), **config}
+    try:
+        model_config = M2BertConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the configuration does not describe a model: {error}") from error
+    model = TASKS[task](model_config)
+    _load_into(model, original, allow_new_head=allow_new_head and task == "classification")
+    return model.eval()
+
+
+def to_original(model: M2BertForMaskedLM | M2BertForSequenceClassification) -> dict[str, Tensor]:
+    """Return the model's state dict with every name the original code expects, and in its shapes.
+
+    The tensors are detached and share memory with the model, and with each other where the original tied them.
+    """
+    state = model.state_dict()
+    original: dict[str, Tensor] = {}
+    for ours, names in _names(model.config).items():
+        if ours not in state:
+            continue
+        for name in names:
+            original[name] = _to_original_shape(name, state[ours])
+    if model.config.use_positional_encodings:
+        original[POSITION_IDS] = torch.arange(model.config.max_position_embeddings)[None]
+    if isinstance(model, M2BertForMaskedLM):
+        original[DECODER] = original[WORD_EMBEDDINGS]
+    return original
+
+
+def read_state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read a flat state dict from a file or a dict, without Composer's nesting and prefixes.
+
+    Raises:
+        CheckpointError: there is no such file, it cannot be read without running code, or holds no state dict.
+    """
+    content = source if isinstance(source, Mapping) else _read_file(Path(source))
+    name = "the given dict" if isinstance(source, Mapping) else str(source)
+    for key in ("state", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{name} holds no state dict (names with tensors), neither plainly nor under state/model")
+    state = dict(content)
+    for prefix in WRAPPER_PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix) :]: value for key, value in state.items()}
+    return state
+
+
+def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
+    """Read a .pt file, ours or another's, running none of its code.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it asks to run code.
+    """
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} is refused: it is damaged, or reading it would run code ({error})") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return load_checkpoint_file(path)
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _names(config: M2BertConfig) -> dict[str, tuple[str, ...]]:
+    """Return, for each name of ours that a model of this configuration may have, the original's names of it."""
+    names: dict[str, tuple[str, ...]] = {ours: (original,) for ours, original in OUTER_NAMES}
+    if config.monarch_mixer_sequence_mixing:
+        layer_names = LAYER_NAMES
+    else:
+        layer_names = ATTENTION_NAMES + tuple(pair for pair in LAYER_NAMES if pair[0].startswith("dimension_mixer."))
+    for layer in range(config.num_hidden_layers):
+        ours_prefix, original_prefix = f"bert.encoder.layers.{layer}.", f"bert.encoder.layer.{layer}."
+        for ours, original in layer_names:
+            names[ours_prefix + ours] = (original_prefix + original,)
+        for ours, original in (("filter", "filter_fn"), ("residual_filter", "filter_fn2")):
+            _add_filter_names(
+                names, f"{ours_prefix}sequence_mixer.{ours}.", f"{original_prefix}attention.{original}.", config
+            )
+    return names
+
+
+def _add_filter_names(names: dict[str, tuple[str, ...]], ours: str, original: str, config: M2BertConfig) -> None:
+    networks = FILTER_NETWORKS if config.bidirectional else FILTER_NETWORKS[:1]
+    for our_name, original_name in FILTER_NAMES:
+        names[ours + our_name] = (original + original_name,)
+    names[ours + "frequency"] = tuple(
+        f"{original}{network}.{position}.freq" for _, network in networks for position in FREQUENCY_POSITIONS
+    )
+    for our_network, network in networks:
+        for depth in range(4):
+            for part in ("weight", "bias"):
+                names[f"{ours}{our_network}.layers.{depth}.{part}"] = (f"{original}{network}.{2 * depth}.{part}",)
+
+
+def _to_original_shape(name: str, value: Tensor) -> Tensor:
+    if name.endswith(".pos_emb.z") or name.endswith(".freq"):
+        return value[None]
+    if name.endswith(".pos_emb.t"):
+        return value[None, :, None]
+    if name.endswith(".modulation.deltas"):
+        return value[None, None]
+    return value
+
+
+def _load_into(model: M2BertPreTrainedModel, original: dict[str, Tensor], *, allow_new_head: bool) -> None:
+    names = _names(model.config)
+    expected = to_original(model)  # every name and shape the original model of this configuration has
+    given = dict(original)
+    new: set[str] = set()
+    if allow_new_head:
+        new = {name for name in expected if name.startswith(CLASSIFICATION_HEAD_PREFIXES) and name not in given}
+        given = {name: value for name, value in given.items() if not name.startswith(MLM_HEAD_PREFIX)}
+        if new:
+            log.warning("drawn anew, since the checkpoint lacks them: %s", ", ".join(sorted(new)))
+    _check_match(expected, given, new)
+    state = model.state_dict()
+    with torch.no_grad():
+        for ours, original_names in names.items():
+            if ours in state and original_names[0] not in new:
+                state[ours].copy_(given[original_names[0]].reshape(state[ours].shape))
+
+
+def _check_match(expected: dict[str, Tensor], given: dict[str, Tensor], new: set[str]) -> None:
+    problems = [
+        f"missing     {name} {tuple(value.shape)}"
+        for name, value in expected.items()
+        # Newer versions of the transformers library no longer store the positions 0, 1, ...
+        if name not in given and name not in new and name != POSITION_IDS
+    ]
+    problems += [f"unexpected  {name} {tuple(value.shape)}" for name, value in given.items() if name not in expected]
+    problems += [
+        f"shape       {name}: checkpoint {tuple(given[name].shape)}, model {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    if not problems:
+        problems = _check_ties(given)
+    if problems:
+        shown = "\n  ".join(problems[:30]) + (f"\n  ... and {len(problems) - 30} more" if len(problems) > 30 else "")
+        raise CheckpointError(f"the checkpoint does not fit the model; nothing was loaded:\n  {shown}")
+
+
+def _check_ties(given: dict[str, Tensor]) -> list[str]:
+    """Find tensors that the original holds once but the checkpoint holds in different versions."""
+    problems = []
+    for first in (name for name in given if name.endswith("implicit_filter.1.freq")):
+        base = first[: -len("implicit_filter.1.freq")]
+        copies = [name for name in given if re.fullmatch(re.escape(base) + r"implicit_filter(_rev)?\.\d\.freq", name)]
+        problems += [f"differs     {name} from {first}" for name in copies if not torch.equal(given[name], given[first])]
+    if DECODER in given and not torch.equal(given[DECODER], given[WORD_EMBEDDINGS]):
+        problems.append(f"differs     {DECODER} from {WORD_EMBEDDINGS}")
+    positions = given.get(POSITION_IDS)
+    if positions is not None and not torch.equal(positions.cpu().flatten(), torch.arange(positions.numel())):
+        problems.append(f"differs     {POSITION_IDS} from 0, 1, ...")
+    return problems
+
+
+def _fields_shown_by(original: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the configuration fields that a state dict itself shows, by the original's names."""
+    layer = "bert.encoder.layer.0."
+    fields: dict[str, Any] = {
+        "monarch_mixer_sequence_mixing": f"{layer}attention.in_linear.weight" in original,
+        "use_positional_encodings": "bert.embeddings.position_embeddings.weight" in original,
+        "residual_long_conv": f"{layer}attention.filter_fn2.bias" in original,
+        "bidirectional": f"{layer}attention.filter_fn.implicit_filter_rev.0.weight" in original,
+        "hyena_training_additions": f"{layer}attention.layernorm.weight" in original,
+        "num_hidden_layers": 1 + max(_layer_numbers(original), default=0),
+    }
+
+    def read(field: str, name: str, size: Callable[[tuple[int, ...]], Any]) -> None:
+        if name in original:
+            fields[field] = size(tuple(original[name].shape))
+
+    read("vocab_size", WORD_EMBEDDINGS, lambda shape: shape[0])
+    read("hidden_size", WORD_EMBEDDINGS, lambda shape: shape[-1])
+    read("type_vocab_size", "bert.embeddings.token_type_embeddings.weight", lambda shape: shape[0])
+    read("max_position_embeddings", "bert.embeddings.position_embeddings.weight", lambda shape: shape[0])
+    read("long_conv_l_max", f"{layer}attention.filter_fn.pos_emb.z", lambda shape: shape[1])
+    read("hyena_emb_dim", f"{layer}attention.filter_fn.pos_emb.z", lambda shape: shape[2])
+    read("hyena_filter_order", f"{layer}attention.filter_fn.implicit_filter.0.weight", lambda shape: shape[0])
+    read("num_labels", "classifier.weight", lambda shape: shape[0])
+    read("use_monarch_mlp", f"{layer}mlp.wo.weight", lambda shape: len(shape) == 3)
+    if fields.get("use_monarch_mlp"):
+        read("monarch_mlp_nblocks", f"{layer}mlp.wo.weight", lambda shape: shape[0])
+    elif "use_monarch_mlp" in fields:
+        read("intermediate_size", f"{layer}mlp.wo.weight", lambda shape: shape[1])
+    return fields
+
+
+def _layer_numbers(names: Iterable[str]) -> list[int]:
+    matches = (re.match(r"bert\.encoder\.layer\.(\d+)\.", name) for name in names)
+    return [int(match[1]) for match in matches if match]

@@ -1,0 +1,78 @@
+"""Masked language modelling on masked rows only: the head never sees, and no loss counts, any other position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class MaskedLMRowsOutput(ModelOutput):
+    """What a masked language model returns when it is given labels."""
+
+    loss: Tensor | None = None  # mean cross entropy over the masked rows, in nats; 0 where there are none
+    logits: Tensor | None = None  # (rows, vocabulary): masked rows only
+    row_labels: Tensor | None = None  # (rows,): their labels, IGNORED_LABEL in surplus rows
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    @property
+    def num_masked(self) -> Tensor:
+        """Number of masked rows, a scalar tensor."""
+        return (self.row_labels != IGNORED_LABEL).sum()
+
+
+def row_bound(num_tokens: int, mask_rate: float) -> int:
+    """Return a number of rows that a batch masked at `mask_rate` does not exceed (once in 1e9 batches).
+
+    Expected count plus six standard deviations. A fixed number keeps shapes static, so that nothing waits for the
+    device to count and a compiled model is compiled once.
+    """
+    expected = num_tokens * mask_rate
+    return min(num_tokens, math.ceil(expected + 6 * math.sqrt(expected * (1 - mask_rate))))
+
+
+def select_masked_rows(hidden: Tensor, labels: Tensor, max_rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """Gather the positions that have a label.
+
+    Args:
+        hidden: (batch, length, features).
+        labels: (batch, length), IGNORED_LABEL where there is none.
+        max_rows: rows to return, in any case; None for as many as there are labels (this waits for the device; under
+            torch.compile every position becomes a row instead). Labels beyond the bound are ignored.
+
+    Returns:
+        Rows (rows, features) and their labels (rows,), IGNORED_LABEL in surplus rows.
+    """
+    hidden = hidden.flatten(0, 1)
+    labels = labels.flatten()
+    labelled = labels != IGNORED_LABEL
+    if max_rows is None and not torch.compiler.is_compiling():
+        index = labelled.nonzero().squeeze(1)
+        return hidden[index], labels[index]
+    rows = labels.numel() if max_rows is None else min(max_rows, labels.numel())
+    # The j-th labelled position goes to row j; all others to a row beyond the end, which is cut off.
+    rank = labelled.cumsum(0) - 1
+    target = torch.where(labelled & (rank < rows), rank, rows)
+    position = torch.arange(labels.numel(), device=labels.device)
+    index = torch.zeros(rows + 1, dtype=torch.long, device=labels.device).scatter(0, target, position)[:rows]
+    filled = torch.arange(rows, device=labels.device) < labelled.sum()
+    return hidden.index_select(0, index), labels[index].masked_fill(~filled, IGNORED_LABEL)
+
+
+def masked_lm_output(
+    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], max_rows: int | None = None
+) -> MaskedLMRowsOutput:
+    """Apply the head and the loss to the masked rows of hidden (batch, length, features)."""
+    rows, row_labels = select_masked_rows(hidden, labels, max_rows)
+    logits = head(rows)
+    total = F.cross_entropy(logits, row_labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    loss = total / (row_labels != IGNORED_LABEL).sum().clamp(min=1)
+    return MaskedLMRowsOutput(loss=loss, logits=logits, row_labels=row_labels)

@@ -1,0 +1,173 @@
+"""Implicit (Hyena) filters: the taps of a long convolution as a small network of the position (Poli et al., 2023)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The decay rates span these: the fastest channel falls to TARGET at 0.3 of the maximum length, the slowest at 1.5.
+DECAY_TARGET = 1e-2
+FAST_DECAY_FRACTION = 0.3
+SLOW_DECAY_FRACTION = 1.5
+
+
+class FilterNetwork(nn.Module):
+    """Four linear layers with sines between them: position features (length, features) to taps (length, channels)."""
+
+    def __init__(self, num_features: int, order: int, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                nn.Linear(num_features, order),
+                nn.Linear(order, order),
+                nn.Linear(order, order),
+                nn.Linear(order, channels, bias=False),
+            ]
+        )
+
+    def forward(self, features: Tensor, frequency: Tensor) -> Tensor:
+        """Return taps (length, channels); `frequency` (order,) scales the argument of every sine."""
+        hidden = features
+        last = len(self.layers) - 1
+        for depth, layer in enumerate(self.layers):
+            # The parameters may be held in bf16; the arithmetic is fp32 all the same (see ImplicitFilter).
+            hidden = F.linear(hidden, layer.weight.to(hidden.dtype), _cast(layer.bias, hidden.dtype))
+            if depth < last:
+                hidden = torch.sin(frequency * hidden)
+        return hidden
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+class ImplicitFilter(nn.Module):
+    """The filter of one long convolution: its taps, forward and backward, and its skip weight.
+
+    Taps are computed in fp32 (or better) whatever autocast says: in bf16 neighbouring positions become equal (of 8,192
+    positions 4,874 remain distinct). The position grid and the decay are tied to `max_length`: the taps of a shorter
+    sequence are the first ones of the full grid. In evaluation without gradients they are kept until a weight changes.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        max_length: int,
+        *,
+        order: int = 128,
+        num_position_features: int = 5,
+        sine_frequency: float = 10.0,
+        frequency_scale: float = 1.0,
+        bidirectional: bool = True,
+        learn_positions: bool = True,
+    ) -> None:
+        """Make the filter.
+
+        Args:
+            channels: filters, one a channel.
+            max_length: length of the position grid; the longest sequence.
+            order: width of the network.
+            num_position_features: odd, at least 3: the time, then cosines and sines of it.
+            sine_frequency: initial value of the learned frequency of the sines.
+            frequency_scale: constant factor on that frequency.
+            bidirectional: whether there are backward taps.
+            learn_positions: whether the position features are trained.
+
+        Raises:
+            ValueError: `num_position_features` is even or under 3, or a size is not positive.
+        """
+        super().__init__()
+        if num_position_features < 3 or num_position_features % 2 == 0:
+            raise ValueError(f"num_position_features must be odd and at least 3, got {num_position_features}")
+        if min(channels, max_length, order) < 1:
+            raise ValueError(f"sizes must be positive, got {channels=}, {max_length=}, {order=}")
+        self.channels = channels
+        self.max_length = max_length
+        self.num_position_features = num_position_features
+        self.sine_frequency = sine_frequency
+        self.frequency_scale = frequency_scale
+        positions = torch.empty(max_length, num_position_features)
+        if learn_positions:
+            self.position_features = nn.Parameter(positions)
+        else:
+            self.register_buffer("position_features", positions)
+        self.register_buffer("times", torch.empty(max_length))
+        self.register_buffer("decay_rates", torch.empty(channels))
+        self.frequency = nn.Parameter(torch.empty(order))
+        self.forward_network = FilterNetwork(num_position_features, order, channels)
+        self.backward_network = FilterNetwork(num_position_features, order, channels) if bidirectional else None
+        self.skip = nn.Parameter(torch.empty(channels))
+        self._cached_taps: tuple[object, tuple[Tensor, Tensor | None]] | None = None
+        self.reset_parameters()
+
+    times: Tensor
+    decay_rates: Tensor
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the position grid, the decay and the frequency, and draw the skip weight from N(0, 1).
+
+        The networks' linear layers keep their own initialisation.
+        """
+        times, features = position_grid(self.max_length, self.num_position_features)
+        self.times.copy_(times)
+        self.position_features.copy_(features)
+        slow, fast = (math.log(DECAY_TARGET) / part for part in (SLOW_DECAY_FRACTION, FAST_DECAY_FRACTION))
+        self.decay_rates.copy_(torch.linspace(slow, fast, self.channels))
+        self.frequency.fill_(self.sine_frequency)
+        self.skip.normal_()
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """Return the forward and the backward taps, each (length, channels) in fp32 (fp64 for an fp64 model).
+
+        Backward taps are None for a causal filter; their row j is lag -(j + 1).
+
+        Raises:
+            ValueError: `length` is over `max_length`.
+        """
+        if length > self.max_length:
+            raise ValueError(f"{length} positions, but the filter was made for at most {self.max_length}")
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._cached_taps = None
+            return self._compute_taps(length)
+        key = self._state_key(length)
+        if self._cached_taps is None or self._cached_taps[0] != key:
+            self._cached_taps = (key, self._compute_taps(length))
+        return self._cached_taps[1]
+
+    def _state_key(self, length: int) -> object:
+        # In-place updates raise a tensor's version, replacements change its address.
+        tensors = [*self.parameters(), *self.buffers()]
+        return length, tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+
+    def _compute_taps(self, length: int) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(self.times.device.type, enabled=False):
+            dtype = torch.promote_types(self.position_features.dtype, torch.float32)
+            features = self.position_features[:length].to(dtype)
+            frequency = self.frequency_scale * self.frequency.to(dtype)
+            decay = torch.exp(-self.times[:length, None].to(dtype) * self.decay_rates.to(dtype).abs())
+            forward_taps = self.forward_network(features, frequency) * decay
+            if self.backward_network is None:
+                return forward_taps, None
+            return forward_taps, self.backward_network(features, frequency) * decay
+
+    def extra_repr(self) -> str:
+        return (
+            f"channels={self.channels}, max_length={self.max_length}, order={self.frequency.numel()}, "
+            f"bidirectional={self.backward_network is not None}"
+        )
+
+
+def position_grid(max_length: int, num_features: int) -> tuple[Tensor, Tensor]:
+    """Return times (max_length,) in [0, 1] and the initial position features (max_length, num_features).
+
+    Features: the time, then cosines and negative sines of 2 pi l / max_length at frequencies from 1e-4 up.
+    """
+    times = torch.linspace(0, 1, max_length)
+    num_bands = (num_features - 1) // 2
+    bands = torch.linspace(1e-4, num_bands - 1, num_bands)
+    angles = 2 * math.pi * torch.arange(max_length)[:, None] / max_length * bands
+    return times, torch.cat([times[:, None], angles.cos(), -angles.sin()], dim=1)

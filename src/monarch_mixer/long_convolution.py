@@ -1,0 +1,160 @@
+"""The long convolution of the sequence mixer: as long as the sequence, one filter a channel.
+
+    y_t = sum_{s <= t} f[t - s] x_s  +  sum_{s > t} r[s - t - 1] x_s  +  skip * x_t
+
+Lag 0 belongs to the forward taps f alone: the backward taps r start at lag 1, unlike the usual bidirectional formula.
+The product with this Toeplitz matrix is what the paper writes as Monarch · diagonal · inverse Monarch (section 3.1).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Measured on two cores of an AVX-512 CPU (benchmarks/cpu_long_convolution.py): below, the direct product wins.
+CPU_DIRECT_MAX_LENGTH = 256
+
+
+def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> Tensor:
+    """Convolve each channel with its own long filter; the one entry point, which picks the method.
+
+    The sum is taken in the taps' precision (fp32 in the models), whatever autocast says: a sum over thousands of taps
+    does not survive bf16.
+
+    Args:
+        x: input of shape (batch, length, channels).
+        forward_taps: (at least length, channels); row j multiplies the input j steps before.
+        backward_taps: (at least length, channels), row j multiplying the input j + 1 steps after; None for a causal
+            convolution.
+        skip: (channels,), the weight of the input itself (D in the paper's code).
+
+    Returns:
+        Output of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: there are fewer taps than positions, or the channels differ.
+    """
+    _check(x, forward_taps, backward_taps, skip)
+    with torch.autocast(x.device.type, enabled=False):
+        inputs = x.to(forward_taps.dtype)
+        if _direct_is_faster(inputs):
+            y = direct_convolution(inputs, forward_taps, backward_taps, skip)
+        else:
+            y = fft_convolution(inputs, forward_taps, backward_taps, skip)
+    return y.to(x.dtype)
+
+
+def _check(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> None:
+    length, channels = x.shape[1:]
+    for name, taps in (("forward_taps", forward_taps), ("backward_taps", backward_taps)):
+        if taps is not None and (taps.shape[0] < length or taps.shape[1] != channels):
+            raise ValueError(
+                f"{name} of shape {tuple(taps.shape)} cannot filter {length} positions of {channels} channels: "
+                f"a model's filters are as long as its long_conv_l_max"
+            )
+    if skip.shape != (channels,):
+        raise ValueError(f"skip must have shape ({channels},), got {tuple(skip.shape)}")
+
+
+def _direct_is_faster(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.shape[1] <= CPU_DIRECT_MAX_LENGTH
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _two_sided_taps(forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor, length: int) -> Tensor:
+    """Return the taps of lags length - 1 ... 0, -1 ... -(length - 1), of shape (2 * length - 1, channels)."""
+    past = forward_taps[1:length].flip(0)
+    present = forward_taps[:1] + skip
+    if backward_taps is None:
+        future = torch.zeros_like(past)
+    else:
+        future = backward_taps[: length - 1]
+    return torch.cat([past, present, future])
+
+
+def fft_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> Tensor:
+    """Long convolution through real FFTs of twice the length; O(length log length). Shapes as `long_convolution`."""
+    length = x.shape[1]
+    # Circular filter of 2 * length: lag j at index j, lag -j at index 2 * length - j, so nothing wraps.
+    kernel = torch.cat([forward_taps[:length], torch.zeros_like(forward_taps[:1])])
+    if backward_taps is None:
+        kernel = torch.cat([kernel, torch.zeros_like(forward_taps[: length - 1])])
+    else:
+        kernel = torch.cat([kernel, backward_taps[: length - 1].flip(0)])
+    size = 2 * length
+    # Channels first: the transform then runs over contiguous memory.
+    spectrum = torch.fft.rfft(x.transpose(1, 2), n=size) * torch.fft.rfft(kernel.t(), n=size)
+    y = torch.fft.irfft(spectrum, n=size)[..., :length].transpose(1, 2)
+    return y + skip * x
+
+
+def direct_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> Tensor:
+    """Long convolution by the Toeplitz product itself, O(length^2); fastest at short lengths on a CPU.
+
+    Shapes as `long_convolution`.
+    """
+    return _DirectConvolution.apply(x, _two_sided_taps(forward_taps, backward_taps, skip, x.shape[1]))
+
+
+def _depthwise(x: Tensor, taps: Tensor) -> Tensor:
+    """Correlate x (batch, length, channels) with taps (2 * length - 1, channels), channels last in memory."""
+    length, channels = x.shape[1:]
+    # As an image of height 1 whose channels are contiguous, which the CPU's depthwise kernel vectorises over.
+    image = x.contiguous().transpose(1, 2).unsqueeze(2)
+    weight = taps.t().reshape(channels, 1, 1, -1)
+    y = F.conv2d(image, weight, padding=(0, length - 1), groups=channels)
+    return y.squeeze(2).transpose(1, 2)
+
+
+class _DirectConvolution(torch.autograd.Function):
+    """The depthwise convolution, with a filter gradient by FFT: the CPU library's own is ten times slower."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, taps: Tensor) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(x, taps)
+        return _depthwise(x, taps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN001
+        x, taps = ctx.saved_tensors
+        length = x.shape[1]
+        grad_x = _depthwise(grad, taps.flip(0)) if ctx.needs_input_grad[0] else None
+        grad_taps = None
+        if ctx.needs_input_grad[1]:
+            size = 2 * length
+            inputs = torch.fft.rfft(x.transpose(1, 2), n=size)
+            outputs = torch.fft.rfft(grad.transpose(1, 2), n=size)
+            # Index j of the circular correlation is the gradient of lag j.
+            lags = torch.fft.irfft((inputs.conj() * outputs).sum(0), n=size).t()
+            grad_taps = torch.cat([lags[:length].flip(0), lags[length + 1 :].flip(0)])
+        return grad_x, grad_taps
+
+
+def short_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Causal depthwise convolution over a few taps; the one entry point, which picks the method.
+
+    Args:
+        x: input of shape (batch, length, channels).
+        weight: (channels, 1, taps), the last tap multiplying the present position (the layout of nn.Conv1d).
+        bias: (channels,).
+
+    Returns:
+        Output of the shape and dtype of `x`.
+    """
+    taps = weight.shape[-1]
+    length = x.shape[1]
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        image = x.contiguous().transpose(1, 2).unsqueeze(2)
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        y = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, taps - 1), groups=x.shape[2])
+        return y[..., :length].squeeze(2).transpose(1, 2)
+    # Shifted sums: a compiler fuses them with what stands before and after.
+    padded = F.pad(x, (0, 0, taps - 1, 0))
+    y = bias + sum(weight[:, 0, tap] * padded[:, tap : tap + length] for tap in range(taps))
+    return y.to(x.dtype)

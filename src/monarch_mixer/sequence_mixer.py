@@ -1,0 +1,136 @@
+"""Monarch Mixer's sequence mixer: gated long convolutions in the place of attention (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from monarch_mixer.filters import ImplicitFilter
+from monarch_mixer.long_convolution import long_convolution, short_convolution
+
+SHORT_CONVOLUTION_TAPS = 3
+# The mixer's own LayerNorm; the rest of M2-BERT uses the configuration's 1e-12.
+LAYER_NORM_EPS = 1e-5
+
+Taps = tuple[Tensor, Tensor | None, Tensor]  # forward, backward, skip
+
+
+def gated_long_convolution(
+    projected: Tensor,
+    residual_input: Tensor,
+    short_weight: Tensor,
+    short_bias: Tensor,
+    taps: Taps,
+    residual_taps: Taps | None,
+) -> Tensor:
+    """Do all that the sequence mixer does between its two linear maps; the one entry point, where kernels go.
+
+    With (x1, x2, v) the three parts of the short convolution of `projected`:
+    `x2 * long_convolution(x1 * v, taps) + long_convolution(residual_input, residual_taps)`.
+
+    Args:
+        projected: (batch, length, 3 * channels), the input projection.
+        residual_input: (batch, length, channels), the layer's input.
+        short_weight: (3 * channels, 1, taps) of the causal short convolution.
+        short_bias: (3 * channels,).
+        taps: forward taps, backward taps or None, and skip weights of the gated convolution.
+        residual_taps: the same of the ungated one, or None where there is none.
+
+    Returns:
+        (batch, length, channels) in the dtype of the gated part, or of the wider of both parts.
+    """
+    gate_before, gate_after, value = short_convolution(projected, short_weight, short_bias).chunk(3, dim=-1)
+    mixed = long_convolution(value * gate_before, *taps) * gate_after
+    if residual_taps is None:
+        return mixed
+    return mixed + long_convolution(residual_input, *residual_taps)
+
+
+class MonarchSequenceMixer(nn.Module):
+    """Mix along the sequence in O(length log length): projection, gates and long convolutions, projection.
+
+    The short convolution is causal also where the long ones look both ways, as in the published models.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        max_length: int,
+        *,
+        filter_order: int = 128,
+        num_position_features: int = 5,
+        sine_frequency: float = 10.0,
+        frequency_scale: float = 1.0,
+        bidirectional: bool = True,
+        residual_convolution: bool = True,
+        learn_positions: bool = True,
+        layer_norm: bool = False,
+    ) -> None:
+        """Make the mixer.
+
+        Args:
+            channels: width of the model.
+            max_length: the longest sequence; the filters' position grid is tied to it.
+            filter_order: width of the filters' networks.
+            num_position_features: position features the filters see.
+            sine_frequency: initial frequency of the filters' sines.
+            frequency_scale: constant factor on it.
+            bidirectional: whether the long convolutions look forward too.
+            residual_convolution: whether a second, ungated long convolution of the input is added.
+            learn_positions: whether the filters' position features are trained.
+            layer_norm: whether the input is normalised first (`hyena_training_additions` of the published models).
+        """
+        super().__init__()
+
+        def make_filter() -> ImplicitFilter:
+            return ImplicitFilter(
+                channels,
+                max_length,
+                order=filter_order,
+                num_position_features=num_position_features,
+                sine_frequency=sine_frequency,
+                frequency_scale=frequency_scale,
+                bidirectional=bidirectional,
+                learn_positions=learn_positions,
+            )
+
+        self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS) if layer_norm else None
+        self.input_projection = nn.Linear(channels, 3 * channels)
+        self.short_weight = nn.Parameter(torch.empty(3 * channels, 1, SHORT_CONVOLUTION_TAPS))
+        self.short_bias = nn.Parameter(torch.empty(3 * channels))
+        self.filter = make_filter()
+        self.residual_filter = make_filter() if residual_convolution else None
+        self.output_projection = nn.Linear(channels, channels)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the short convolution uniformly in ±1/sqrt(taps); the parts initialise themselves."""
+        bound = 1 / math.sqrt(SHORT_CONVOLUTION_TAPS)
+        self.short_weight.uniform_(-bound, bound)
+        self.short_bias.uniform_(-bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x (batch, length, channels) along its length.
+
+        Raises:
+            ValueError: the length is over the maximum length.
+        """
+        length = x.shape[1]
+        if self.norm is not None:
+            x = self.norm(x)
+        residual_taps = None
+        if self.residual_filter is not None:
+            residual_taps = (*self.residual_filter(length), self.residual_filter.skip)
+        y = gated_long_convolution(
+            self.input_projection(x),
+            x,
+            self.short_weight,
+            self.short_bias,
+            (*self.filter(length), self.filter.skip),
+            residual_taps,
+        )
+        # Outside autocast a model held in bf16 wants its own dtype; inside, the projection casts for itself.
+        return self.output_projection(y.to(x.dtype))
