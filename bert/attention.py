@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class SelfAttention(nn.Module):
         return None if bias is None else bias.to(query.dtype)
 
     def _flex_attention(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
-        from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415 - GPU only, slow to import
+        from torch.nn.attention.flex_attention import flex_attention
 
         slopes = alibi_slopes(self.num_heads, query.device)
 
@@ -66,7 +67,7 @@ class SelfAttention(nn.Module):
                 score = torch.where(attention_mask[batch, j] != 0, score, PADDING_SCORE)
             return score
 
-        return flex_attention(query, key, value, score_mod=score)
+        return cast(Tensor, flex_attention(query, key, value, score_mod=score))
 
 
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from bert.configuration import M2BertConfig
 from bert.errors import CheckpointError, nearest
-from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification, M2BertPreTrainedModel
+from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
 
 log = logging.getLogger(__name__)
 
-TASKS: dict[str, type[M2BertPreTrainedModel]] = {
+TASKS: dict[str, type[M2BertForMaskedLM] | type[M2BertForSequenceClassification]] = {
     "mlm": M2BertForMaskedLM,
     "classification": M2BertForSequenceClassification,
 }
@@ -37,8 +37,8 @@ SAFE_GLOBALS: list[Any] = [
     type(np.dtype(np.uint32)),
     type(np.dtype(np.float64)),
     type(np.dtype(np.int64)),
-    np._core.multiarray._reconstruct,  # the pickled form of an array names this function
-    np._core.multiarray.scalar,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]  # the pickled form of an array names these
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
 ]
 
 FILTER_NAMES = (
@@ -50,7 +50,7 @@ FILTER_NAMES = (
 FILTER_NETWORKS = (("forward_network", "implicit_filter"), ("backward_network", "implicit_filter_rev"))
 # The original lists the one frequency of a filter under each of its sines.
 FREQUENCY_POSITIONS = (1, 3, 5)
-LAYER_NAMES = (
+LAYER_NAMES: tuple[tuple[str, str], ...] = (
     ("sequence_mixer.norm.weight", "attention.layernorm.weight"),
     ("sequence_mixer.norm.bias", "attention.layernorm.bias"),
     ("sequence_mixer.input_projection.weight", "attention.in_linear.weight"),
@@ -65,7 +65,7 @@ LAYER_NAMES = (
     ("dimension_mixer.norm.weight", "mlp.layernorm.weight"),
     ("dimension_mixer.norm.bias", "mlp.layernorm.bias"),
 )
-ATTENTION_NAMES = (
+ATTENTION_NAMES: tuple[tuple[str, str], ...] = (
     ("sequence_mixer.qkv_projection.weight", "attention.self.Wqkv.weight"),
     ("sequence_mixer.qkv_projection.bias", "attention.self.Wqkv.bias"),
     ("sequence_mixer.output_projection.weight", "attention.output.dense.weight"),
@@ -168,9 +168,8 @@ def read_state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{name} holds no state dict (names with tensors), neither plainly nor under state/model")
     state = dict(content)
-    for prefix in WRAPPER_PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
+    while prefix := next((p for p in WRAPPER_PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key[len(prefix) :]: value for key, value in state.items()}
     return state
 
 
@@ -243,7 +242,9 @@ def _to_original_shape(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _load_into(model: M2BertPreTrainedModel, original: dict[str, Tensor], *, allow_new_head: bool) -> None:
+def _load_into(
+    model: M2BertForMaskedLM | M2BertForSequenceClassification, original: dict[str, Tensor], *, allow_new_head: bool
+) -> None:
     names = _names(model.config)
     expected = to_original(model)  # every name and shape the original model of this configuration has
     given = dict(original)
@@ -287,7 +288,9 @@ def _check_ties(given: dict[str, Tensor]) -> list[str]:
     for first in (name for name in given if name.endswith("implicit_filter.1.freq")):
         base = first[: -len("implicit_filter.1.freq")]
         copies = [name for name in given if re.fullmatch(re.escape(base) + r"implicit_filter(_rev)?\.\d\.freq", name)]
-        problems += [f"differs     {name} from {first}" for name in copies if not torch.equal(given[name], given[first])]
+        problems += [
+            f"differs     {name} from {first}" for name in copies if not torch.equal(given[name], given[first])
+        ]
     if DECODER in given and not torch.equal(given[DECODER], given[WORD_EMBEDDINGS]):
         problems.append(f"differs     {DECODER} from {WORD_EMBEDDINGS}")
     positions = given.get(POSITION_IDS)

@@ -163,7 +163,9 @@ def build_masked_lm(
     """
     if name not in MODELS:
         raise RecipeError(f"model.name '{name}' is unknown: {nearest(name, MODELS)}")
-    return MaskedLanguageModel(MODELS[name](dict(config)), train_mask_rate=train_mask_rate, eval_mask_rate=eval_mask_rate)
+    return MaskedLanguageModel(
+        MODELS[name](dict(config)), train_mask_rate=train_mask_rate, eval_mask_rate=eval_mask_rate
+    )
 
 
 def _m2_bert(config: dict[str, Any], monarch: bool = True) -> M2BertForMaskedLM | HuggingFaceBert:

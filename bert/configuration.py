@@ -156,4 +156,6 @@ class M2BertConfig(PretrainedConfig):
         if self.monarch_mixer_sequence_mixing and (self.hyena_emb_dim < 3 or self.hyena_emb_dim % 2 == 0):
             raise ValueError(f"hyena_emb_dim must be odd and at least 3, got {self.hyena_emb_dim}")
         if not self.monarch_mixer_sequence_mixing and self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} must divide by {self.num_attention_heads} attention heads")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must divide by {self.num_attention_heads} attention heads"
+            )

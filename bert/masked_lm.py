@@ -18,9 +18,10 @@ IGNORED_LABEL = -100
 class MaskedLMRowsOutput(ModelOutput):
     """What a masked language model returns when it is given labels."""
 
-    loss: Tensor | None = None  # mean cross entropy over the masked rows, in nats; 0 where there are none
-    logits: Tensor | None = None  # (rows, vocabulary): masked rows only
-    row_labels: Tensor | None = None  # (rows,): their labels, IGNORED_LABEL in surplus rows
+    # ModelOutput wants defaults; the first three are always there.
+    loss: Tensor = None  # type: ignore[assignment]  # mean cross entropy over the masked rows, in nats; 0 where there are none
+    logits: Tensor = None  # type: ignore[assignment]  # (rows, vocabulary): masked rows only
+    row_labels: Tensor = None  # type: ignore[assignment]  # (rows,): their labels, IGNORED_LABEL in surplus rows
     hidden_states: tuple[Tensor, ...] | None = None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from bert.attention import SelfAttention
 from bert.configuration import M2BertConfig
@@ -161,10 +162,11 @@ class PredictionHead(nn.Module):
 class M2BertPreTrainedModel(PreTrainedModel):
     """What all M2-BERT models share: configuration, initialisation, saving and loading."""
 
-    config_class = M2BertConfig
+    config: M2BertConfig
+    config_class = M2BertConfig  # type: ignore[assignment]
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("M2BertLayer",)
+    _no_split_modules = ["M2BertLayer"]  # noqa: RUF012 - the base class has a list
 
     def _init_weights(self, module: nn.Module) -> None:
         # Hugging Face calls this for children before their parents, so a layer's parts are drawn when the encoder is.
@@ -220,7 +222,7 @@ class M2BertModel(M2BertPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the word embeddings."""
-        self.embeddings.word_embeddings = value
+        self.embeddings.word_embeddings = cast(nn.Embedding, value)
 
     def forward(
         self,
@@ -248,9 +250,10 @@ class M2BertModel(M2BertPreTrainedModel):
         Raises:
             ValueError: neither or both kinds of input are given, or the input is longer than the model allows.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        length = tokens.shape[1]
         limit = self.config.max_sequence_length
         if limit is not None and length > limit:
             raise ValueError(f"{length} tokens, but this model was made for at most {limit}")
@@ -301,7 +304,8 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         )
         output: MaskedLMOutput | MaskedLMRowsOutput
         if labels is None:
-            output = MaskedLMOutput(logits=self.predict(encoded.last_hidden_state), hidden_states=encoded.hidden_states)
+            logits = cast(torch.FloatTensor, self.predict(encoded.last_hidden_state))
+            output = MaskedLMOutput(logits=logits, hidden_states=encoded.hidden_states)
         else:
             output = masked_lm_output(encoded.last_hidden_state, labels, self.predict)
             output.hidden_states = encoded.hidden_states
@@ -309,10 +313,11 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
 
 
 @dataclass
-class SentenceEmbeddingOutput(SequenceClassifierOutput):
+class SentenceEmbeddingOutput(ModelOutput):
     """What a model with `gather_sentence_embeddings` returns."""
 
     sentence_embedding: Tensor | None = None  # (batch, hidden)
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class M2BertForSequenceClassification(M2BertPreTrainedModel):
@@ -338,7 +343,7 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **_: Any,
-    ) -> SequenceClassifierOutput | tuple:
+    ) -> SequenceClassifierOutput | SentenceEmbeddingOutput | tuple:
         """Classify sequences; inputs as in `M2BertModel.forward`.
 
         Loss with `labels` (batch,): mean squared error with one label, cross entropy with integer labels, binary cross
@@ -347,6 +352,7 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
         encoded = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states, True
         )
+        output: SequenceClassifierOutput | SentenceEmbeddingOutput
         if self.config.gather_sentence_embeddings:
             embedding = encoded.last_hidden_state[:, 0] if self.config.use_cls_token else encoded.pooler_output
             if self.config.use_normalized_embeddings:
@@ -357,7 +363,7 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
                 logits = self.classifier(encoded.last_hidden_state[:, 0])
             else:
                 logits = self.classifier(self.dropout(encoded.pooler_output))
-            loss = None if labels is None else self._loss(logits, labels)
+            loss = None if labels is None else cast(torch.FloatTensor, self._loss(logits, labels))
             output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
 

@@ -30,7 +30,9 @@ def block_diagonal_multiply(x: Tensor, weight: Tensor) -> Tensor:
     return product.transpose(0, 1).reshape(*x.shape[:-1], num_blocks * out_block)
 
 
-def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int) -> Tensor:
+def block_diagonal_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int
+) -> Tensor:
     """Apply a block-diagonal linear map between any two widths.
 
     Where a width does not divide by the number of blocks the input is padded with zeros, and the surplus outputs are
@@ -57,8 +59,8 @@ def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor | None, in_fea
 class BlockDiagonalLinear(nn.Module):
     """A linear layer whose weight is block-diagonal: `num_blocks` times fewer weights and operations.
 
-    Monarch Mixer's dimension mixer uses two of these, without a permutation between them (paper, section 3.2; in M2-BERT
-    the dense projections of the sequence mixer carry features from block to block).
+    Monarch Mixer's dimension mixer uses two of these, without a permutation between them (paper, section 3.2): in
+    M2-BERT the dense projections of the sequence mixer carry features from block to block.
     """
 
     def __init__(self, in_features: int, out_features: int, num_blocks: int, bias: bool = True) -> None:
@@ -102,6 +104,7 @@ class BlockDiagonalLinear(nn.Module):
         return block_diagonal_linear(x, self.weight, self.bias, self.in_features, self.out_features)
 
     def extra_repr(self) -> str:
+        """Return the sizes, for printing."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, num_blocks={self.num_blocks}, "
             f"bias={self.bias is not None}"

@@ -10,7 +10,7 @@ from monarch_mixer.block_diagonal import BlockDiagonalLinear
 
 
 def gated_block_diagonal_mlp(
-    x: Tensor, input_weight: Tensor, output_weight: Tensor, output_bias: Tensor, dropout: float, training: bool
+    x: Tensor, input_weight: Tensor, output_weight: Tensor, output_bias: Tensor | None, dropout: float, training: bool
 ) -> Tensor:
     """Block-diagonal GLU, `W_out (gelu(a) * b) + bias` with (a, b) the halves of `W_in x`; where kernels go.
 
@@ -21,15 +21,15 @@ def gated_block_diagonal_mlp(
         x: (..., num_blocks * in_block).
         input_weight: (num_blocks, 2 * intermediate / num_blocks, in_block); num_blocks even.
         output_weight: (num_blocks, out_block, intermediate / num_blocks).
-        output_bias: (num_blocks * out_block,).
+        output_bias: (num_blocks * out_block,) or None.
         dropout: probability with which an intermediate feature is dropped, in training.
         training: whether dropout acts.
 
     Returns:
         (..., num_blocks * out_block).
     """
-    num_blocks, double_block, in_block = input_weight.shape
-    out_block, inner_block = output_weight.shape[1:]
+    num_blocks, _, in_block = input_weight.shape
+    _, out_block, inner_block = output_weight.shape
     blocks = x.reshape(-1, num_blocks, in_block).transpose(0, 1)
     wide = torch.bmm(blocks, input_weight.transpose(1, 2))  # (num_blocks, tokens, 2 * inner_block)
     gates, values = wide.chunk(2)
@@ -38,7 +38,7 @@ def gated_block_diagonal_mlp(
     pieces = inner.unflatten(-1, (2, inner_block)).movedim(-2, 1).reshape(num_blocks, -1, inner_block)
     y = torch.bmm(pieces, output_weight.transpose(1, 2))
     y = y.transpose(0, 1).reshape(*x.shape[:-1], num_blocks * out_block)
-    return y + output_bias.to(y.dtype)
+    return y if output_bias is None else y + output_bias.to(y.dtype)
 
 
 class DimensionMixer(nn.Module):
@@ -67,8 +67,8 @@ class DimensionMixer(nn.Module):
         super().__init__()
         width = 2 * intermediate if gated else intermediate
         if num_blocks is None:
-            self.input: nn.Module = nn.Linear(channels, width, bias=False)
-            self.output: nn.Module = nn.Linear(intermediate, channels)
+            self.input: nn.Linear | BlockDiagonalLinear = nn.Linear(channels, width, bias=False)
+            self.output: nn.Linear | BlockDiagonalLinear = nn.Linear(intermediate, channels)
         else:
             self.input = BlockDiagonalLinear(channels, width, num_blocks, bias=False)
             self.output = BlockDiagonalLinear(intermediate, channels, num_blocks)

@@ -155,6 +155,7 @@ class ImplicitFilter(nn.Module):
             return forward_taps, self.backward_network(features, frequency) * decay
 
     def extra_repr(self) -> str:
+        """Return the sizes, for printing."""
         return (
             f"channels={self.channels}, max_length={self.max_length}, order={self.frequency.numel()}, "
             f"bidirectional={self.backward_network is not None}"

@@ -70,10 +70,7 @@ def _two_sided_taps(forward_taps: Tensor, backward_taps: Tensor | None, skip: Te
     """Return the taps of lags length - 1 ... 0, -1 ... -(length - 1), of shape (2 * length - 1, channels)."""
     past = forward_taps[1:length].flip(0)
     present = forward_taps[:1] + skip
-    if backward_taps is None:
-        future = torch.zeros_like(past)
-    else:
-        future = backward_taps[: length - 1]
+    future = torch.zeros_like(past) if backward_taps is None else backward_taps[: length - 1]
     return torch.cat([past, present, future])
 
 
@@ -115,13 +112,13 @@ class _DirectConvolution(torch.autograd.Function):
     """The depthwise convolution, with a filter gradient by FFT: the CPU library's own is ten times slower."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, taps: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, taps: Tensor) -> Tensor:
         ctx.save_for_backward(x, taps)
         return _depthwise(x, taps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, taps = ctx.saved_tensors
         length = x.shape[1]
         grad_x = _depthwise(grad, taps.flip(0)) if ctx.needs_input_grad[0] else None

@@ -1,0 +1,27 @@
+"""Shared by all tests: determinism and one CPU thread a process, since the machine has few cores."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def goldens():
+    """Load a golden case: its configuration, tensors and the path of its weights."""
+
+    def load(case: str) -> tuple[dict, dict[str, torch.Tensor], Path]:
+        folder = FIXTURES / "goldens" / case
+        config = json.loads((folder / "config.json").read_text())["model_config"]
+        return config, load_file(folder / "golden.safetensors"), folder / "weights.safetensors"
+
+    return load
