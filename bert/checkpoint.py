@@ -1,25 +1,20 @@
-"""Checkpoints of the original M2 code: the one map between its parameter names and ours, and safe, strict loading."""
+"""Checkpoints of the original M2 code: the one map between its parameter names and ours, and strict loading."""
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bert.configuration import M2BertConfig
 from bert.errors import CheckpointError, nearest
 from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
+from bert.safe_loading import load_checkpoint_file
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +24,6 @@ TASKS: dict[str, type[M2BertForMaskedLM] | type[M2BertForSequenceClassification]
 }
 # Composer prefixes a wrapped model's names with "model.", DistributedDataParallel with "module.".
 WRAPPER_PREFIXES = ("module.", "model.")
-# What a Composer checkpoint holds besides tensors and plain containers; none of these runs code when unpickled.
-SAFE_GLOBALS: list[Any] = [
-    datetime.timedelta,
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.uint32)),
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.int64)),
-    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]  # the pickled form of an array names these
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]
-]
-
 FILTER_NAMES = (
     ("skip", "bias"),
     ("position_features", "pos_emb.z"),
@@ -160,7 +143,7 @@ def read_state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[
     Raises:
         CheckpointError: there is no such file, it cannot be read without running code, or holds no state dict.
     """
-    content = source if isinstance(source, Mapping) else _read_file(Path(source))
+    content = source if isinstance(source, Mapping) else load_checkpoint_file(source)
     name = "the given dict" if isinstance(source, Mapping) else str(source)
     for key in ("state", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -171,34 +154,6 @@ def read_state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[
     while prefix := next((p for p in WRAPPER_PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key[len(prefix) :]: value for key, value in state.items()}
     return state
-
-
-def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
-    """Read a .pt file, ours or another's, running none of its code.
-
-    Raises:
-        CheckpointError: there is no such file, it is damaged, or it asks to run code.
-    """
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}") from None
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: it is damaged, or reading it would run code ({error})") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
-
-
-def _read_file(path: Path) -> Any:
-    if path.suffix != ".safetensors":
-        return load_checkpoint_file(path)
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}") from None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def _names(config: M2BertConfig) -> dict[str, tuple[str, ...]]:

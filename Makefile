@@ -1,0 +1,47 @@
+# One command for each job; `make help` lists them. Needs Python 3.10 to 3.12 and make, nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-gpu lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## virtual environment with everything, and the project itself (editable)
+
+# The stamp is written last: an interrupted installation is taken up again.
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: install  ## pretrain a tiny M2-BERT on English text that Python brings along, and let it fill in words
+	$(BIN)/python -m bert.data.prepare --source embedded --out data/demo --train-tokenizer 4096 --seq-len 128
+	$(BIN)/composer main.py yamls/pretrain/m2-demo.yaml
+	$(BIN)/python -m bert.fill_mask runs/m2-demo \
+	    "Return a [MASK] of the object." \
+	    "If the argument is [MASK] a string, raise an exception." \
+	    "The default value is [MASK]." \
+	    "This method is called [MASK] the file is closed."
+	@echo "loss curve: runs/m2-demo/loss.png"
+
+test: install  ## the whole test suite, on the CPU
+	$(BIN)/python -m pytest
+
+test-gpu: install  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## let ruff format and mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what demo and tests left (not the virtual environment)
+	rm -rf data/demo runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

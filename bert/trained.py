@@ -1,0 +1,88 @@
+"""Models that a recipe of this project trained: from a Composer checkpoint back to a model and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerFast
+
+from bert.composer_models import MaskedLanguageModel, build_masked_lm
+from bert.data.tokenizer import fingerprint, load_tokenizer
+from bert.errors import CheckpointError, DataError
+from bert.safe_loading import load_checkpoint_file
+
+log = logging.getLogger(__name__)
+
+# The callback that carries the recipe in each checkpoint (bert.recipe.callbacks.RecipeRecord).
+RECORD_NAME = "RecipeRecord"
+LATEST_NAME = "latest-rank0.pt"
+
+
+@dataclass
+class TrainedModel:
+    """A trained model and the record of what made it."""
+
+    model: MaskedLanguageModel
+    record: dict[str, Any]  # recipe (YAML), model (name, config), tokenizer_name, tokenizer_fingerprint, versions
+
+    def tokenizer(self, name_or_path: str | None = None) -> PreTrainedTokenizerFast:
+        """Return the tokenizer the model was trained with.
+
+        Args:
+            name_or_path: where it is; None for the copy in the training data's folder.
+
+        Raises:
+            DataError: it is not there, or is another one (its fingerprint differs).
+        """
+        tokenizer = load_tokenizer(name_or_path or self._tokenizer_folder())
+        found, expected = fingerprint(tokenizer), self.record["tokenizer_fingerprint"]
+        if found != expected:
+            raise DataError(f"this is not the model's tokenizer: its fingerprint is {found}, the model's {expected}")
+        return tokenizer
+
+    def _tokenizer_folder(self) -> str:
+        recipe = OmegaConf.create(self.record["recipe"])
+        dataset = recipe.train_loader.dataset
+        for stream in (dataset, *(dataset.get("streams") or {}).values()):
+            folder = Path(str(stream.get("local") or dataset.get("local")), str(stream.get("split") or ""), "tokenizer")
+            if folder.is_dir():
+                return str(folder)
+        raise DataError(
+            f"the model's tokenizer ({self.record['tokenizer_name']}) is not where the training data was: name it, or "
+            f"its folder, with --tokenizer"
+        )
+
+
+def load_trained(path: str | os.PathLike[str]) -> TrainedModel:
+    """Load a checkpoint that `main.py` saved, a file or its folder (then the latest one), in evaluation mode.
+
+    Raises:
+        CheckpointError: it cannot be read without running code, was not made by a recipe of this project, or does not
+            fit the model that its record names.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / LATEST_NAME
+    content = load_checkpoint_file(file)
+    try:
+        state: Mapping[str, Any] = content["state"]
+        record = json.loads(state["callbacks"][RECORD_NAME]["record"])
+        weights = state["model"]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise CheckpointError(f"{file} was not saved by a recipe of this project: it carries no record of one") from None
+    model = build_masked_lm(
+        record["model"]["name"], record["model"]["config"], train_mask_rate=1.0, eval_mask_rate=1.0
+    )
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not fit the model it names: {error}") from error
+    return TrainedModel(model.eval(), record)
