@@ -1,4 +1,4 @@
-"""Fill in masked words: python -m bert.fill_mask CHECKPOINT "The capital of France is [MASK]." """
+"""Fill in masked words: `python -m bert.fill_mask CHECKPOINT "The sun is [MASK]."`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from bert.composer_models import MaskedLanguageModel
 from bert.errors import DataError, RecipeError

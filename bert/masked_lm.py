@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-IGNORED_LABEL = -100
+from bert.data.masking import IGNORED_LABEL
 
 
 @dataclass

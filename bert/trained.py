@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from bert.composer_models import MaskedLanguageModel, build_masked_lm
 from bert.data.tokenizer import fingerprint, load_tokenizer
@@ -76,10 +76,8 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedModel:
         record = json.loads(state["callbacks"][RECORD_NAME]["record"])
         weights = state["model"]
     except (KeyError, TypeError, json.JSONDecodeError):
-        raise CheckpointError(f"{file} was not saved by a recipe of this project: it carries no record of one") from None
-    model = build_masked_lm(
-        record["model"]["name"], record["model"]["config"], train_mask_rate=1.0, eval_mask_rate=1.0
-    )
+        raise CheckpointError(f"{file} carries no record of a recipe: it was not saved by this project") from None
+    model = build_masked_lm(record["model"]["name"], record["model"]["config"], train_mask_rate=1.0, eval_mask_rate=1.0)
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     try:
         model.load_state_dict(weights, strict=True)

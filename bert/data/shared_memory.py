@@ -1,0 +1,65 @@
+"""Shared memory that a killed run of streaming leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import torch.distributed
+from streaming.base.constant import SHM_TO_CLEAN
+from streaming.base.distributed import get_local_rank, maybe_init_dist
+
+log = logging.getLogger(__name__)
+
+_SEGMENT = re.compile(rf"\d{{6,}}_({'|'.join(SHM_TO_CLEAN)})")
+
+
+def clean_stale_shared_memory(folder: str = "/dev/shm", processes: str = "/proc") -> list[str]:
+    """Remove shared memory of streaming that a killed run left behind; what a living process uses stays.
+
+    Every rank calls it once before the first loader; the first of each node does the work and the others wait. Only
+    Linux keeps the segments as files, so elsewhere nothing happens. (Streaming's own function of this name removes the
+    segments of other running jobs too.) Lock files that a crash leaves in the temporary folder are empty and stay:
+    streaming passes over their numbers.
+
+    Containers that share /dev/shm must share their process numbers too, or their segments look unused.
+
+    Returns:
+        The names of the removed segments.
+    """
+    removed: list[str] = []
+    started_distributed = maybe_init_dist()
+    if get_local_rank() == 0 and os.path.isdir(folder) and os.path.isdir(processes):
+        own = os.getuid()
+        # Listed before the processes are: a segment that is made in between is not a candidate.
+        candidates = [
+            entry.name
+            for entry in os.scandir(folder)
+            if _SEGMENT.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_uid == own
+        ]
+        mapped = _mapped_files(processes, folder) if candidates else set()
+        removed = sorted(name for name in candidates if name not in mapped)
+        for name in removed:
+            Path(folder, name).unlink(missing_ok=True)
+        if removed:
+            log.info("removed %d shared-memory segments that a killed run left: %s", len(removed), ", ".join(removed))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    if started_distributed:
+        torch.distributed.destroy_process_group()
+    return removed
+
+
+def _mapped_files(processes: str, folder: str) -> set[str]:
+    """Return the names in `folder` that a visible process has mapped; segments are private to their user."""
+    names = set()
+    pattern = re.compile(rf" {re.escape(folder)}/(\S+)$", re.MULTILINE)
+    for entry in os.scandir(processes):
+        if entry.name.isdigit():
+            try:
+                names.update(pattern.findall(Path(entry.path, "maps").read_text(errors="replace")))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # it ended, or belongs to another user
+    return names

@@ -1,0 +1,286 @@
+"""The training loader: tokenised MDS shards → masked batches of one fixed shape, the same for any workers and ranks."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from composer.core import DataSpec
+from numpy.typing import NDArray
+from streaming import Stream, StreamingDataLoader, StreamingDataset
+from streaming.base.dataset import _ShardState
+from streaming.base.distributed import get_world_size
+
+from bert.data.loader_config import PREPARE_HINT, DatasetConfig, LoaderConfig, check_metadata, describe, load_metadata
+from bert.data.masking import IGNORED_LABEL, mask_tokens
+from bert.data.metadata import FILE_NAME, DatasetMetadata
+from bert.errors import DataError
+
+COLUMN = "input_ids"
+_EVALUATION_EPOCH = 0
+_MAPPED_SHARDS = 128  # kept open by a process; each holds a file descriptor, of which a process may have 1,024
+
+
+class TextSample(NamedTuple):
+    """What the dataset hands to the collator."""
+
+    sample_id: int  # among all samples of all streams
+    epoch: int  # that the masks are drawn for
+    tokens: NDArray[np.unsignedinteger]  # (length,), unpadded
+
+
+class StreamingTextDataset(StreamingDataset):
+    """Samples of tokens with the two numbers that their masks depend on.
+
+    Args:
+        fixed_epoch: the epoch to draw masks for, in evaluation; None: the epoch of the data, also after resuming.
+        **options: those of `streaming.StreamingDataset`.
+    """
+
+    def __init__(self, *, fixed_epoch: int | None = None, **options: Any) -> None:
+        _map_file.cache_clear()  # a folder may hold other shards than when this process last read it
+        super().__init__(**options)
+        self._fixed_epoch = fixed_epoch
+        self._epoch = fixed_epoch or 0
+        self._prepared: set[int] = set()
+
+    def _resume_incr_epoch(self) -> tuple[int, int]:
+        # Runs in each worker at the start of each epoch: the only place that knows the number after resuming.
+        epoch, sample_in_epoch = super()._resume_incr_epoch()
+        if self._fixed_epoch is None:
+            self._epoch = epoch
+        return epoch, sample_in_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        # Streaming ends the epoch early, without an error, when its download thread fails between two samples.
+        if self._event.is_set():
+            raise RuntimeError("a background download failed; its error is in the log above")
+
+    def get_item(self, sample_id: int, retry: int = 7) -> TextSample:
+        """Read one sample, downloading its shard first where it is missing (see the base class)."""
+        return TextSample(int(sample_id), self._epoch, self._read_tokens(sample_id, retry))
+
+    def _read_tokens(self, sample_id: int, retry: int) -> NDArray[np.unsignedinteger]:
+        if self.cache_limit:  # shards come and go, and streaming must see each access
+            return super().get_item(sample_id, retry)[COLUMN]
+        shard_id, index = self.spanner[sample_id]
+        shard: Any = self.shards[shard_id]
+        try:
+            data = _map_file(_raw_file(shard))
+        except FileNotFoundError:
+            return super().get_item(sample_id, retry)[COLUMN]
+        begin, end = np.frombuffer(data, np.uint32, 2, 4 * (1 + index))  # the file starts with its count
+        return shard.decode_sample(data[begin:end])[COLUMN]
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download a shard (see the base class); look only once where no cache limit can take it away again."""
+        if not blocking and shard_id in self._prepared:
+            return
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            # Streaming leaves the shard marked as being prepared, and all who need it would wait for ever.
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
+        if blocking or self.cache_limit:
+            return
+        if os.path.exists(_raw_file(self.shards[shard_id])):
+            self._prepared.add(shard_id)
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Say where the training is; Composer asks with the samples of the epoch that the model has seen.
+
+        Streaming answers for the epoch that was begun last. Between two epochs, where Composer's number is 0, that
+        would repeat the finished one after resuming.
+        """
+        if from_beginning and self.replication:
+            num_samples //= self.replication
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0 and self.next_epoch > 0:
+            state["epoch"] = self.next_epoch
+        return state
+
+
+def _raw_file(shard: Any) -> str:
+    return os.path.join(shard.dirname, shard.split, shard.raw_data.basename)
+
+
+@lru_cache(maxsize=_MAPPED_SHARDS)
+def _map_file(path: str) -> memoryview:
+    # Reading by system calls costs more than all else, and each hands the interpreter to the download threads.
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+class MaskingCollator:
+    """Make a masked batch of one fixed shape from samples of one epoch.
+
+    The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64. `num_tokens` (without
+    padding) and `num_masked` are Python numbers: the trainer weights losses by them without waiting for the device.
+    """
+
+    def __init__(self, metadata: DatasetMetadata, *, max_seq_len: int, mlm_probability: float, seed: int) -> None:
+        self.metadata = metadata
+        self.max_seq_len = max_seq_len
+        self.mlm_probability = mlm_probability
+        self.seed = seed
+
+    def __call__(self, samples: Sequence[TextSample]) -> dict[str, Any]:
+        """Return the batch; a sample longer than `max_seq_len` is a DataError."""
+        special = self.metadata.special_token_ids
+        lengths = np.array([len(sample.tokens) for sample in samples])
+        if lengths.max() > self.max_seq_len:
+            raise DataError(
+                f"sample {samples[int(lengths.argmax())].sample_id} has {lengths.max()} tokens, more than max_seq_len "
+                f"{self.max_seq_len} and than its {FILE_NAME} says; prepare the dataset again"
+            )
+        is_token = np.arange(self.max_seq_len) < lengths[:, None]
+        ids = np.full(is_token.shape, special["pad"], dtype=np.int64)
+        ids[is_token] = np.concatenate([sample.tokens for sample in samples])
+        masked, labels = mask_tokens(
+            ids,
+            np.array([sample.sample_id for sample in samples]),
+            seed=self.seed,
+            epoch=samples[0].epoch,
+            rate=self.mlm_probability,
+            mask_id=special["mask"],
+            special_ids=special.values(),
+            vocab_size=self.metadata.vocab_size,
+        )
+        return _with_counts(
+            {
+                "input_ids": torch.from_numpy(masked),
+                "attention_mask": torch.from_numpy(is_token.astype(np.int64)),
+                "labels": torch.from_numpy(labels),
+            }
+        )
+
+
+def _with_counts(batch: dict[str, Any]) -> dict[str, Any]:
+    batch["num_tokens"] = int(batch["attention_mask"].sum())
+    batch["num_masked"] = int((batch["labels"] != IGNORED_LABEL).sum())
+    return batch
+
+
+def split_batch(batch: dict[str, Any], microbatch_size: int | float) -> list[dict[str, Any]]:
+    """Split a batch for gradient accumulation and count anew; the last part holds what is left.
+
+    Composer splits before it moves a batch to the device, so the counting waits for nothing.
+    """
+    tensors = {name: value.split(int(microbatch_size)) for name, value in batch.items() if torch.is_tensor(value)}
+    return [_with_counts(dict(zip(tensors, parts, strict=True))) for parts in zip(*tensors.values(), strict=True)]
+
+
+def count_samples(batch: dict[str, Any]) -> int:
+    """Return the number of rows."""
+    return len(batch["input_ids"])
+
+
+def count_tokens(batch: dict[str, Any]) -> dict[str, int]:
+    """Return the tokens without padding and those that carry loss (at least 1: Composer divides by their sum)."""
+    return {"total": batch["num_tokens"], "loss_generating": max(1, batch["num_masked"])}
+
+
+def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
+
+
+def build_data_spec(
+    config: LoaderConfig, *, device_batch_size: int, max_seq_len: int, seed: int, train: bool
+) -> DataSpec:
+    """Build the loader of one split for Composer's trainer, which saves and resumes its place in the epoch.
+
+    Call `clean_stale_shared_memory` once before the first loader.
+
+    Args:
+        config: what to read and how.
+        device_batch_size: samples a rank and step.
+        max_seq_len: length that every batch is padded to, in tokens.
+        seed: of the run, the same on all ranks.
+        train: False: the masks of epoch 0 in every evaluation, and an incomplete last batch is kept.
+
+    Raises:
+        DataError: the dataset is missing, does not fit, or has options that cannot work together.
+    """
+    data = config.dataset
+    metadata = load_metadata(data)
+    check_metadata(metadata, max_seq_len=max_seq_len)
+    dataset = _build_dataset(data, device_batch_size, seed, train)
+    drop_last = train if config.drop_last is None else config.drop_last
+    global_batch = device_batch_size * max(1, get_world_size() // (data.replication or 1))
+    if drop_last and dataset.epoch_size < global_batch:
+        raise DataError(
+            f"an epoch of {dataset.epoch_size} samples is less than one global batch of {global_batch} "
+            f"({describe(data)}): use a smaller batch or more data, or set drop_last: false"
+        )
+    collator = MaskingCollator(
+        metadata,
+        max_seq_len=max_seq_len,
+        mlm_probability=data.mlm_probability,
+        seed=seed if data.mask_seed is None else data.mask_seed,
+    )
+    workers = config.num_workers > 0
+    loader = StreamingDataLoader(
+        dataset,
+        batch_size=device_batch_size,
+        collate_fn=collator,
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch_factor if workers else None,
+        persistent_workers=config.persistent_workers and workers,
+        pin_memory=torch.cuda.is_available() if config.pin_memory is None else config.pin_memory,
+        drop_last=drop_last,
+        timeout=config.timeout if workers else 0,
+    )
+    return DataSpec(
+        loader,
+        num_samples=dataset.epoch_size,
+        # The defaults are methods of the DataSpec itself. In such a cycle the loader is freed by the garbage collector,
+        # which closes the workers' queues before the loader's destructor uses them: 5 s of waiting for each worker.
+        batch_transforms=_unchanged,
+        microbatch_transforms=_unchanged,
+        split_batch=split_batch,
+        get_num_samples_in_batch=count_samples,
+        get_num_tokens_in_batch=count_tokens,
+    )
+
+
+# Fields of DatasetConfig that are not options of StreamingDataset, or are passed in another form.
+_OWN_FIELDS = ("streams", "mlm_probability", "mask_seed", "shuffle_seed")
+
+
+def _build_dataset(config: DatasetConfig, batch_size: int, seed: int, train: bool) -> StreamingTextDataset:
+    options = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _OWN_FIELDS}
+    try:
+        streams = [Stream(**asdict(stream)) for stream in config.streams.values()]
+        dataset = StreamingTextDataset(
+            fixed_epoch=None if train else _EVALUATION_EPOCH,
+            streams=streams or None,
+            batch_size=batch_size,
+            shuffle_seed=seed if config.shuffle_seed is None else config.shuffle_seed,
+            **options,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise DataError(f"{describe(config)} cannot be read: {error}") from error
+    _check_shards(dataset)
+    return dataset
+
+
+def _check_shards(dataset: StreamingTextDataset) -> None:
+    shards: list[Any] = dataset.shards
+    for shard, stream_id in zip(shards, dataset.stream_per_shard, strict=True):
+        path = _raw_file(shard)
+        if COLUMN not in shard.column_names:
+            raise DataError(
+                f"'{path}' has the columns {', '.join(shard.column_names)} and not {COLUMN}; {PREPARE_HINT}"
+            )
+        if dataset.streams[stream_id].remote is None:
+            files = [info.basename for pair in shard.file_pairs for info in pair if info]
+            if not any(os.path.exists(os.path.join(shard.dirname, shard.split, name)) for name in files):
+                raise DataError(f"'{path}' is missing: copy it again, or prepare the dataset again")

@@ -1,0 +1,294 @@
+"""The one registry: which names a recipe may use, what each builds, and the check of its arguments."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from composer import algorithms, callbacks, loggers, optim
+from composer.core import Algorithm, Callback, Precision, Time
+from composer.loggers import LoggerDestination
+from composer.optim import ComposerScheduler
+from composer.utils.parallelism import FSDP2Config, FSDPConfig, TPConfig
+
+from bert.errors import RecipeError, nearest
+from bert.recipe.callbacks import LossCurve, NaNGuard
+from bert.recipe.loggers import JsonlLogger
+from bert.recipe.optim import WarmupStableDecayScheduler, check_groups, parameter_groups
+from bert.recipe.schema import TrainConfig
+
+if TYPE_CHECKING:
+    from bert.composer_models import MaskedLanguageModel
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a name builds, and the packages that a plain installation of the recipe does not bring."""
+
+    build: Callable[..., Any]
+    modules: tuple[str, ...] = ()  # to be importable
+    install: str = ""  # what to give `pip install` where they are not
+
+
+def _masked_lm(name: str) -> Entry:
+    def build(config: dict[str, Any], train_mask_rate: float, eval_mask_rate: float) -> MaskedLanguageModel:
+        # Imported when a model is built: it brings transformers along, which takes seconds.
+        from bert.composer_models import build_masked_lm
+
+        return build_masked_lm(name, config, train_mask_rate=train_mask_rate, eval_mask_rate=eval_mask_rate)
+
+    return Entry(build)
+
+
+# kind -> name -> what it builds. The kinds are the recipe's own section names.
+REGISTRY: dict[str, dict[str, Entry]] = {
+    "model": {name: _masked_lm(name) for name in ("m2_bert", "attention_bert", "hf_bert")},
+    "optimizer": {
+        "decoupled_adamw": Entry(optim.DecoupledAdamW),
+        "decoupled_sgdw": Entry(optim.DecoupledSGDW),
+        "adamw": Entry(torch.optim.AdamW),
+        "adam": Entry(torch.optim.Adam),
+        "sgd": Entry(torch.optim.SGD),
+    },
+    "scheduler": {
+        "linear_decay_with_warmup": Entry(optim.LinearWithWarmupScheduler),
+        "cosine_with_warmup": Entry(optim.CosineAnnealingWithWarmupScheduler),
+        "constant_with_warmup": Entry(optim.ConstantWithWarmupScheduler),
+        "polynomial_with_warmup": Entry(optim.PolynomialWithWarmupScheduler),
+        "multistep_with_warmup": Entry(optim.MultiStepWithWarmupScheduler),
+        "warmup_stable_decay": Entry(WarmupStableDecayScheduler),
+    },
+    "algorithms": {
+        "gradient_clipping": Entry(algorithms.GradientClipping),
+        "ema": Entry(algorithms.EMA),
+        "layer_freezing": Entry(algorithms.LayerFreezing),
+        "low_precision_layernorm": Entry(algorithms.LowPrecisionLayerNorm),
+        "swa": Entry(algorithms.SWA),
+    },
+    "callbacks": {
+        "activation_monitor": Entry(callbacks.ActivationMonitor),
+        "early_stopper": Entry(callbacks.EarlyStopper),
+        "loss_curve": Entry(LossCurve),
+        "lr_monitor": Entry(callbacks.LRMonitor),
+        "memory_monitor": Entry(callbacks.MemoryMonitor),
+        "memory_snapshot": Entry(callbacks.MemorySnapshot),
+        "nan_guard": Entry(NaNGuard),
+        "oom_observer": Entry(callbacks.OOMObserver),
+        "optimizer_monitor": Entry(callbacks.OptimizerMonitor),
+        "runtime_estimator": Entry(callbacks.RuntimeEstimator),
+        "speed_monitor": Entry(callbacks.SpeedMonitor),
+        "system_metrics_monitor": Entry(callbacks.SystemMetricsMonitor, ("psutil",), "psutil"),
+        "threshold_stopper": Entry(callbacks.ThresholdStopper),
+    },
+    "loggers": {
+        "file": Entry(loggers.FileLogger),
+        "jsonl": Entry(JsonlLogger),
+        "mlflow": Entry(loggers.MLFlowLogger, ("mlflow",), "mlflow"),
+        "tensorboard": Entry(loggers.TensorboardLogger, ("tensorboard",), "tensorboard"),
+        "wandb": Entry(loggers.WandBLogger, ("wandb",), "wandb"),
+    },
+}
+
+
+def check(kind: str, name: Any, arguments: Any, given: Iterable[str] = ()) -> Entry:
+    """Raise RecipeError unless `name` exists, can be imported, and takes `arguments`; `given` are the caller's own."""
+    entries = REGISTRY[kind]
+    if not isinstance(name, str) or name not in entries:
+        raise RecipeError(f"{kind}: unknown name '{name}': {nearest(str(name), entries)}")
+    entry = entries[name]
+    missing = [module for module in entry.modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise RecipeError(f"{kind}.{name} needs {', '.join(missing)}: pip install {entry.install}")
+    check_arguments(f"{kind}.{name}", entry.build, arguments, given)
+    return entry
+
+
+def build(kind: str, name: str, arguments: Mapping[str, Any] | None = None, **given: Any) -> Any:
+    """Build `name` of `kind` from the recipe's `arguments`, and what the caller gives.
+
+    Raises:
+        RecipeError: an unknown name or argument, a missing package, or a value that what is built refuses.
+    """
+    entry = check(kind, name, arguments, given)
+    try:
+        return entry.build(**given, **(arguments or {}))
+    except RecipeError:
+        raise
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"{kind}.{name}: {error}") from error
+
+
+def check_arguments(where: str, function: Callable[..., Any], arguments: Any, given: Iterable[str] = ()) -> None:
+    """Raise RecipeError unless the mapping `arguments` fits the signature of `function`, by name and plain type."""
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise RecipeError(f"{where} must be a section with its arguments (or {{}} for none), not {arguments!r}")
+    arguments, given = arguments or {}, set(given)
+    # Of a class, look at __init__: a scheduler's own signature is hidden by typing.Protocol.
+    parameters = dict(inspect.signature(function.__init__ if inspect.isclass(function) else function).parameters)
+    parameters.pop("self", None)
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - given
+    hints = _hints(function)
+    for name, value in arguments.items():
+        if name not in known and not free:
+            raise RecipeError(f"{where}: unknown key '{name}': {nearest(str(name), known) if known else 'it has none'}")
+        accepted = _plain_types(hints.get(name))
+        if accepted and not _is_one_of(value, accepted):
+            names = " or ".join(sorted("null" if kind is type(None) else kind.__name__ for kind in accepted))
+            raise RecipeError(f"{where}.{name} must be {names}, not {value!r}")
+    lacking = [name for name in known - arguments.keys() if parameters[name].default is inspect.Parameter.empty]
+    if lacking:
+        raise RecipeError(f"{where} needs {', '.join(sorted(lacking))}")
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except NameError:  # annotations that exist for type checkers only
+        return {}
+
+
+def _plain_types(hint: Any) -> set[type]:
+    """The types a hint allows where all of them are plain YAML ones; empty for anything else (not checked)."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return set(options) if all(option in (int, float, bool, str, type(None)) for option in options) else set()
+
+
+def _is_one_of(value: Any, accepted: set[type]) -> bool:
+    if isinstance(value, bool):  # Python's bool is an int; a recipe's is not
+        return bool in accepted
+    return isinstance(value, tuple(accepted)) or (isinstance(value, int) and float in accepted)
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check everything that can be checked without data, devices or building: names, arguments, times, choices.
+
+    Raises:
+        RecipeError: the first mistake, with its key.
+    """
+    entry = REGISTRY["model"].get(config.model.name)
+    if entry is None:
+        raise RecipeError(
+            f"model.name: unknown name '{config.model.name}': {nearest(config.model.name, REGISTRY['model'])}"
+        )
+    check("optimizer", *_name_and_arguments("optimizer", config.optimizer, drop="param_groups"), given=["params"])
+    check_groups(config.optimizer.get("param_groups"))
+    check("scheduler", *_name_and_arguments("scheduler", config.scheduler))
+    for kind in ("algorithms", "callbacks", "loggers"):
+        for name, arguments in active(getattr(config, kind)).items():
+            check(kind, name, arguments)
+    for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
+        try:
+            Time.from_timestring(getattr(config, key))
+        except ValueError as error:
+            raise RecipeError(f"{key}: {error}; write for example 100ba, 4096sp, 1e9tok, 2ep or 0.1dur") from error
+    _check_choice("precision", config.precision, [precision.value for precision in Precision])
+    _check_choice("device", config.device, [None, "cpu", "gpu", "mps"])
+    _check_choice("python_log_level", config.python_log_level, ["debug", "info", "warning", "error"])
+    if isinstance(config.device_train_microbatch_size, str):
+        _check_choice("device_train_microbatch_size", config.device_train_microbatch_size, ["auto"])
+    positive = ("max_seq_len", "global_train_batch_size", "global_eval_batch_size", "device_train_microbatch_size")
+    for key in (*positive, "dry_run_num_devices", "dry_run_mfu"):
+        value = getattr(config, key)
+        if isinstance(value, int | float) and value <= 0:
+            raise RecipeError(f"{key} must be positive, not {value}")
+    for key in ("mlm_probability", "eval_mlm_probability"):
+        if not 0 < getattr(config, key) < 1:
+            raise RecipeError(f"{key} must lie between 0 and 1, not {getattr(config, key)}")
+    for key in ("max_position_embeddings", "long_conv_l_max"):
+        length = config.model.config.get(key)
+        if isinstance(length, int) and length < config.max_seq_len:
+            raise RecipeError(f"model.config.{key} is {length}, shorter than max_seq_len {config.max_seq_len}")
+    if config.autoresume and config.save_folder is None:
+        raise RecipeError("autoresume=true needs a save_folder: it goes on from the latest checkpoint in it")
+    compile_arguments(config)
+    _check_parallelism(config.parallelism_config)
+
+
+def active(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries of algorithms, callbacks or loggers that are not switched off by null."""
+    return {name: arguments for name, arguments in section.items() if arguments is not None}
+
+
+def compile_arguments(config: TrainConfig) -> dict[str, Any] | None:
+    """The recipe's `compile` as arguments of torch.compile; None for no compilation."""
+    if not config.compile:
+        return None
+    arguments = {} if config.compile is True else config.compile
+    check_arguments("compile", torch.compile, arguments, given=["model"])
+    return dict(arguments)
+
+
+def build_model(config: TrainConfig) -> MaskedLanguageModel:
+    """The model with its loss and metrics, on the current default device."""
+    return build(
+        "model",
+        config.model.name,
+        {},
+        config=dict(config.model.config),
+        train_mask_rate=config.train_loader.dataset.mlm_probability,
+        eval_mask_rate=(config.eval_loader or config.train_loader).dataset.mlm_probability,
+    )
+
+
+def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over the parameters of `model`, in one group or in the recipe's param_groups."""
+    name, arguments = _name_and_arguments("optimizer", config.optimizer, drop="param_groups")
+    groups = parameter_groups(model.named_parameters(), config.optimizer.get("param_groups"))
+    return build("optimizer", name, arguments, params=groups)
+
+
+def build_scheduler(config: TrainConfig) -> ComposerScheduler:
+    """The learning-rate schedule."""
+    return build("scheduler", *_name_and_arguments("scheduler", config.scheduler))
+
+
+def build_algorithms(config: TrainConfig) -> list[Algorithm]:
+    """Composer's algorithms, in the order of the recipe."""
+    return [build("algorithms", name, arguments) for name, arguments in active(config.algorithms).items()]
+
+
+def build_callbacks(config: TrainConfig, defaults: Mapping[str, Mapping[str, Any]]) -> list[Callback]:
+    """The recipe's callbacks; `defaults` has arguments by name that a recipe may leave to the run."""
+    sections = active(config.callbacks)
+    return [build("callbacks", name, {**defaults.get(name, {}), **own}) for name, own in sections.items()]
+
+
+def build_loggers(config: TrainConfig, defaults: Mapping[str, Mapping[str, Any]]) -> list[LoggerDestination]:
+    """The recipe's loggers; `defaults` as in `build_callbacks`."""
+    sections = active(config.loggers)
+    return [build("loggers", name, {**defaults.get(name, {}), **own}) for name, own in sections.items()]
+
+
+def _name_and_arguments(kind: str, section: Mapping[str, Any], drop: str = "") -> tuple[str, dict[str, Any]]:
+    if "name" not in section:
+        raise RecipeError(f"{kind}.name is missing; known: {', '.join(sorted(REGISTRY[kind]))}")
+    # Null takes an inherited argument back, which another optimizer or scheduler may not have.
+    arguments = {key: value for key, value in section.items() if key not in ("name", drop) and value is not None}
+    return section["name"], arguments
+
+
+def _check_choice(key: str, value: str | None, choices: list[Any]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{key} '{value}': {nearest(str(value), ['null' if c is None else c for c in choices])}")
+
+
+def _check_parallelism(config: Mapping[str, Any] | None) -> None:
+    """Composer takes any key here without a word, so look at them first."""
+    known = {
+        "fsdp": FSDPConfig.__dataclass_fields__.keys() | FSDP2Config.__dataclass_fields__.keys(),
+        "tp": TPConfig.__dataclass_fields__.keys(),
+    }
+    for section, arguments in (config or {}).items():
+        if section not in known:
+            raise RecipeError(f"parallelism_config: unknown key '{section}': {nearest(section, known)}")
+        for key in arguments or {}:
+            if key not in known[section]:
+                hint = nearest(key, (name for name in known[section] if not name.startswith("_")))
+                raise RecipeError(f"parallelism_config.{section}: unknown key '{key}': {hint}")

@@ -1,0 +1,245 @@
+"""Callbacks of the recipe: they stop a diverged run, draw its loss, record what made it, and make resuming exact."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist, format_name_with_dist, reproducibility
+
+from bert.errors import CheckpointError
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or the weights are not finite; the message says since when, and what to go back to."""
+
+
+class NaNGuard(Callback):
+    """Stop the run at the first loss that is not a finite number.
+
+    Composer has already brought the loss of the global batch to the host when a batch ends, so looking at it costs
+    nothing and every rank stops together, before a checkpoint of that batch is written.
+    """
+
+    def __init__(self) -> None:
+        # Composer's own __init__ takes any argument, so that a recipe's misspelt ones would pass.
+        super().__init__()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Look at the losses of the batch that just ended."""
+        # Composer keeps no losses where fp16 gradient scaling skipped the batch.
+        for name, value in (state.total_loss_dict or {}).items():
+            if not math.isfinite(value):
+                raise TrainingDivergedError(_divergence_message(state, f"{name} is {value}"))
+
+
+def finite_save_interval(interval: str) -> Callable[[State, Event], bool]:
+    """Composer's `save_interval`, which refuses to save weights that are not finite.
+
+    A step can ruin the weights while its own loss is still finite. Weights are looked at only when a checkpoint is
+    due, so the last one on disk is always one to go back to.
+
+    Raises:
+        TrainingDivergedError: from the returned function, on all ranks.
+    """
+    due = create_interval_scheduler(interval)
+
+    def save_now(state: State, event: Event) -> bool:
+        if not due(state, event):
+            return False
+        bad = [name for name, p in state.model.named_parameters() if not torch.isfinite(p.detach()).all()]
+        flag = state.device.tensor_to_device(torch.tensor([len(bad)]))
+        dist.all_reduce(flag, reduce_operation="MAX")
+        if int(flag):
+            where = f"in {len(bad)} parameters, the first is {bad[0]}" if bad else "on another rank"
+            raise TrainingDivergedError(_divergence_message(state, f"weights are not finite ({where})"))
+        return True
+
+    return save_now
+
+
+def _divergence_message(state: State, what: str) -> str:
+    saved = [
+        path
+        for saver in state.callbacks
+        if isinstance(saver, CheckpointSaver)
+        for path in saver.all_saved_checkpoints_to_timestamp
+    ]
+    back = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
+    return (
+        f"training stopped at batch {state.timestamp.batch.value}: {what}; {back}. "
+        "A lower learning rate, a longer warm-up or gradient clipping may help; other data follow with another seed"
+    )
+
+
+class LossCurve(Callback):
+    """Draw training and evaluation loss against steps into a PNG, at every evaluation and at the end.
+
+    Args:
+        path: of the PNG; may hold {run_name}.
+        unigram_entropy: nats, drawn as a line: what a model without context can reach on the evaluation text;
+            None: that of the evaluation split's metadata.json, where there is one.
+        max_points: of the training curve that is kept; older ones are thinned out, evenly.
+    """
+
+    def __init__(
+        self, path: str = "runs/{run_name}/loss.png", unigram_entropy: float | None = None, max_points: int = 2000
+    ) -> None:
+        self.path = path
+        self.unigram_entropy = unigram_entropy
+        self.max_points = max_points
+        self._train: list[tuple[int, float]] = []
+        self._evaluation: list[tuple[int, float]] = []
+        self._stride = 1
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Keep the loss of this batch, where it is one of those that are kept."""
+        batch = state.timestamp.batch.value
+        if batch % self._stride == 0 and state.total_loss_dict:
+            self._train.append((batch, state.total_loss_dict["loss/train/total"]))
+        if len(self._train) > self.max_points:
+            self._stride *= 2
+            self._train = [point for point in self._train if point[0] % self._stride == 0]
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Keep the cross entropy of this evaluation and draw."""
+        for metrics in state.eval_metrics.values():
+            for name, metric in metrics.items():
+                if "CrossEntropy" in name:
+                    self._evaluation.append((state.timestamp.batch.value, float(metric.compute())))
+        self._draw(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Draw the whole run."""
+        self._draw(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points so far: a resumed run draws one curve."""
+        # One string: a sharded checkpoint would give every number of a list its own entry.
+        points = {"train": self._train, "evaluation": self._evaluation, "stride": self._stride}
+        return {"points": json.dumps(points)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the points of the run that is resumed."""
+        points = json.loads(state["points"])
+        self._train = [(batch, loss) for batch, loss in points["train"]]
+        self._evaluation = [(batch, loss) for batch, loss in points["evaluation"]]
+        self._stride = points["stride"]
+
+    def _draw(self, state: State) -> None:
+        if dist.get_global_rank() != 0 or not (self._train or self._evaluation):
+            return
+        # Imported where it is used: it takes a second, and the Figure class needs no display and no global state.
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot(xlabel="optimizer steps", ylabel="cross entropy on masked tokens (nats)")
+        axes.set_title(state.run_name)
+        if self._train:
+            axes.plot(*zip(*self._train, strict=True), linewidth=0.8, alpha=0.7, label="training")
+        if self._evaluation:
+            axes.plot(*zip(*self._evaluation, strict=True), marker="o", markersize=3, label="evaluation")
+        if self.unigram_entropy is not None:
+            axes.axhline(
+                self.unigram_entropy, color="grey", linestyle="--", label="unigram entropy of the evaluation text"
+            )
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path = Path(format_name_with_dist(self.path, run_name=state.run_name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+
+
+class RecipeRecord(Callback):
+    """Carry what made a run in its checkpoints, and refuse a checkpoint that another model or tokenizer made.
+
+    Args:
+        record: "recipe" (resolved), "model" (name and config), "tokenizer_fingerprint" (None: unknown), "versions";
+            plain values, which travel as one JSON string.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record = dict(record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record, for the checkpoint."""
+        return {"record": json.dumps(self.record)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare with the checkpoint's record.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another model or tokenizer; the message lists the differences.
+        """
+        check_record(json.loads(state["record"]), self.record, "the checkpoint")
+
+
+def check_record(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError where the `stored` record's model or tokenizer is not the `current` one."""
+    old, new = stored.get("tokenizer_fingerprint"), current.get("tokenizer_fingerprint")
+    if old is not None and new is not None and old != new:
+        raise CheckpointError(
+            f"{source} was trained with another tokenizer (fingerprint {old}, the data's is {new}): its token ids "
+            "mean other words. Use data prepared with its tokenizer"
+        )
+    changes = differences(stored.get("model", {}), current.get("model", {}), "there", "here")
+    if changes:
+        lines = "".join(f"\n  model.{change}" for change in changes)
+        raise CheckpointError(f"{source} holds another model:{lines}\nUse the recipe that made it, or drop load_path")
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], then: str, now: str) -> list[str]:
+    """Say which values of two nested mappings differ, as "key: old {then}, new {now}", sorted by key."""
+    old, new = _flat(before), _flat(after)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)} {then}, {new.get(key)} {now}" for key in changed]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+class RandomStateOnResume(Callback):
+    """Make a resumed run draw the dropout that a run without the stop would have drawn.
+
+    Composer 0.32 puts the random state back at the start of an epoch only: in the middle of one, a streaming loader
+    resumes itself and Composer's own restoration is skipped. The state is put back after the first batch was read,
+    because making a loader's iterator draws from the same generator, which the run without a stop did long before.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[dict[str, Any]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random state of every rank."""
+        return {"rng": reproducibility.get_rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the state until the first batch (or epoch) of the resumed run begins."""
+        self._pending = state["rng"]
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        """Put the state back where the checkpoint lies between two epochs."""
+        self._restore()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Put the state back where the checkpoint lies within an epoch."""
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._pending is not None:
+            reproducibility.load_rng_state(self._pending)
+            self._pending = None

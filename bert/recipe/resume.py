@@ -1,0 +1,158 @@
+"""Before a run starts: does its folder allow it, and is the checkpoint it starts from safe and its own?"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from composer.utils import format_name_with_dist
+
+from bert.errors import CheckpointError, RecipeError
+from bert.recipe.callbacks import RecipeRecord, check_record, differences
+from bert.recipe.schema import TrainConfig
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest-rank0.pt"  # the link that Composer moves after each checkpoint is wholly written
+# What a Composer checkpoint holds besides tensors and plain values: times, torch's version, numpy's random state.
+_HARMLESS: list[Any] = [
+    datetime.timedelta,
+    type(torch.__version__),
+    np.empty(0).__reduce__()[0],
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+]
+
+
+def is_remote(folder: str) -> bool:
+    """Whether `folder` is a URI such as s3://bucket/path."""
+    return "://" in folder
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The local folder for logs, curves and the resolved recipe: save_folder, or runs/{run_name} where that is none."""
+    folder = config.save_folder
+    local = "runs/{run_name}" if folder is None or is_remote(folder) else folder
+    return Path(format_name_with_dist(local, run_name=config.run_name))
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """A local checkpoint that a run starts from, and whether it takes over its weights only."""
+
+    path: Path
+    weights_only: bool
+
+
+def starting_point(config: TrainConfig) -> StartingPoint | None:
+    """What this run starts from; None for nothing, or for a checkpoint that Composer is going to download.
+
+    Raises:
+        RecipeError: load_path does not exist; the folder holds checkpoints and the recipe does not say whether to go
+            on from them or to overwrite them.
+    """
+    start = None
+    if config.load_path is not None and not is_remote(config.load_path):
+        path = Path(format_name_with_dist(config.load_path, run_name=config.run_name))
+        if not path.exists():
+            raise CheckpointError(f"load_path: {path} does not exist")
+        start = StartingPoint(path.resolve(), config.load_weights_only)
+    if config.save_folder is None or is_remote(config.save_folder):
+        return start
+    folder = run_folder(config)
+    latest = folder / LATEST
+    if config.autoresume and latest.exists():
+        return StartingPoint(latest.resolve(), weights_only=False)
+    found = sorted(folder.glob("ep*-ba*-rank0.pt"), key=lambda path: int(path.name.split("-")[1].removeprefix("ba")))
+    if found and config.autoresume:
+        raise CheckpointError(
+            f"{folder} holds checkpoints ({found[-1].name}) but no {LATEST}: a run was killed while it saved. Delete "
+            f"the last one if it is not whole, and name the one to go on from: ln -s {found[-1].name} {latest}"
+        )
+    if (
+        found
+        and not config.save_overwrite
+        and (start is None or start.weights_only or start.path != found[-1].resolve())
+    ):
+        raise RecipeError(
+            f"{folder} already holds checkpoints ({found[-1].name}): go on from the last with autoresume=true, start "
+            "over with save_overwrite=true, or choose another run_name"
+        )
+    return start
+
+
+@contextlib.contextmanager
+def safe_loading() -> Iterator[None]:
+    """While this is open, no `torch.load` of this process runs code that a file brings, Composer's included.
+
+    Composer 0.32 loads with weights_only=False, which executes whatever a hostile checkpoint says; torch lets the
+    environment overrule it. Sharded FSDP checkpoints (a folder) are read by torch.distributed and are not covered.
+
+    Raises:
+        CheckpointError: from within: the file asks for more than tensors, plain values, times and numpy arrays.
+    """
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            yield
+    except pickle.UnpicklingError as error:
+        asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {asked_for[1]}, which could run code" if asked_for else "it is damaged"
+        raise CheckpointError(f"the checkpoint is refused: {reason}") from error
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def check_checkpoint(start: StartingPoint, current: Mapping[str, Any]) -> None:
+    """Compare the record in a checkpoint with this run's, before Composer loads it; warn of other settings.
+
+    Where only the weights are taken over, dropout and the like may differ; the tokenizer may not.
+
+    Args:
+        start: the checkpoint; a folder (sharded FSDP) is left to Composer.
+        current: this run's record (see `RecipeRecord`).
+
+    Raises:
+        CheckpointError: the file is unreadable, unsafe, or another model's or tokenizer's.
+    """
+    if start.path.is_dir():
+        return
+    try:
+        with safe_loading():
+            content = torch.load(start.path, map_location="cpu", weights_only=True, mmap=True)
+        callbacks = content["state"].get("callbacks", {})
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{start.path} is not a whole Composer checkpoint: {error}") from error
+    stored = callbacks.get(RecipeRecord.__qualname__)
+    if stored is None:
+        return
+    record = json.loads(stored["record"])
+    if start.weights_only:
+        check_record({**record, "model": current["model"]}, current, str(start.path))
+        return
+    check_record(record, current, str(start.path))
+    changes = differences(yaml.safe_load(record["recipe"]), yaml.safe_load(current["recipe"]), "then", "now")
+    if changes:
+        log.warning(
+            "going on from %s, which other settings made (the optimizer's own are kept as they were): %s",
+            start.path,
+            "; ".join(changes),
+        )

@@ -1,0 +1,305 @@
+"""From a checked recipe to a finished training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import Evaluator, Precision
+from composer.devices import Device, DeviceCPU, DeviceGPU
+from composer.utils import dist, get_device, reproducibility
+
+from bert.composer_models import MaskedLanguageModel, count_parameters, padded_vocab_size
+from bert.data.loader_config import LoaderConfig, check_metadata, load_metadata
+from bert.data.metadata import DatasetMetadata
+from bert.data.shared_memory import clean_stale_shared_memory
+from bert.data.streaming_text import build_data_spec
+from bert.data.tokenizer import fingerprint, load_tokenizer
+from bert.errors import DataError, RecipeError
+from bert.recipe import builders
+from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, TrainingDivergedError, finite_save_interval
+from bert.recipe.resume import check_checkpoint, run_folder, safe_loading, starting_point
+from bert.recipe.schema import RECIPE_FOLDER, TrainConfig, load_config, to_yaml
+
+log = logging.getLogger(__name__)
+
+USAGE = """usage: composer [-n DEVICES] main.py RECIPE.yaml [key=value ...]
+
+Pretrains the recipe, for example: composer -n 8 main.py yamls/pretrain/m2-base.yaml data_local=data/c4
+dry_run=true prints its size and an estimate of its time instead. `key=value` changes any key of the recipe, such as
+optimizer.lr=4e-4 or algorithms.gradient_clipping=null. These are the keys:
+"""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run reached."""
+
+    batches: int  # optimizer steps since the start of the run, earlier parts of a resumed one included
+    train_loss: float | None  # nats, mean over the masked tokens of the last batch; None: it was already finished
+    evaluation: dict[str, float]  # metric name -> value at the end; empty without an evaluation split
+    unigram_entropy: float | None  # nats, of the evaluation split; None without one
+    folder: Path  # of logs, curve and resolved recipe
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line `RECIPE.yaml [key=value ...]`.
+
+    Returns:
+        The exit code: 0, 2 for a mistake in the recipe or its data, 3 where training diverged.
+    """
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(USAGE, inspect.getsource(TrainConfig), sep="\n")  # noqa: T201
+        return 0
+    try:
+        recipes = [argument for argument in argv if "=" not in argument and not argument.startswith("-")]
+        if len(recipes) != 1:
+            found = ", ".join(str(path) for path in sorted(RECIPE_FOLDER.glob("*.yaml")))
+            raise RecipeError(f"give one recipe, not {len(recipes)}, and key=value overrides; recipes here: {found}")
+        config = load_config(recipes[0], [argument for argument in argv if argument != recipes[0]])
+        builders.check_config(config)
+        if config.dry_run:
+            from bert.recipe.dry_run import report
+
+            print(report(config))  # noqa: T201
+        else:
+            train(config)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except TrainingDivergedError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 3
+    return 0
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train a recipe to its end, from its start or from a checkpoint.
+
+    Raises:
+        RecipeError: anything in the recipe, the data or the checkpoint that does not fit, before training starts.
+        TrainingDivergedError: the loss or the weights are not finite.
+    """
+    builders.check_config(config)
+    _configure_logging(config)
+    device = _device(config)
+    config = _for_device(config, device)
+    world_size = dist.get_world_size()
+    device_batch = _device_batch("global_train_batch_size", config.global_train_batch_size, world_size)
+    eval_batch = _device_batch("global_eval_batch_size", _eval_batch_size(config), world_size)
+    start = starting_point(config)
+    if world_size > 1:
+        dist.initialize_dist(device, config.dist_timeout)
+    clean_stale_shared_memory()
+
+    reproducibility.seed_all(config.seed)
+    model = builders.build_model(config)
+    train_data, eval_data = _check_data(config, model)
+    record = _record(config, train_data)
+    if start is not None:
+        check_checkpoint(start, record)
+
+    folder = run_folder(config)
+    entropy = eval_data.unigram_entropy_nats if eval_data is not None else None
+    callbacks = builders.build_callbacks(
+        config, {"loss_curve": {"path": str(folder / "loss.png"), "unigram_entropy": entropy}}
+    )
+    loggers = builders.build_loggers(
+        config,
+        {
+            "jsonl": {"path": str(folder / "metrics.jsonl")},
+            "file": {"filename": str(folder / "log-rank{rank}.txt"), "overwrite": True},
+            "tensorboard": {"log_dir": str(folder / "tensorboard")},
+        },
+    )
+    log.info("%s: %s parameters, %d devices", config.run_name, f"{count_parameters(model):,}", world_size)
+    optimizer = builders.build_optimizer(config, model)
+    if dist.get_global_rank() == 0:
+        _write_recipe(config, folder)
+    with safe_loading():
+        trainer = Trainer(
+            model=model,
+            train_dataloader=_data_spec(config, config.train_loader, device_batch, train=True),
+            optimizers=optimizer,
+            schedulers=builders.build_scheduler(config),
+            algorithms=builders.build_algorithms(config),
+            callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume()],
+            loggers=loggers,
+            **_evaluation_arguments(config, eval_batch),
+            **_trainer_arguments(config, device, device_batch),
+        )
+    try:
+        elapsed = trainer.state.get_elapsed_duration()
+        if elapsed is None or elapsed.value < 1.0:
+            trainer.fit()
+        else:
+            log.info("nothing to do: the checkpoint already is at max_duration %s", config.max_duration)
+        result = _result(trainer, entropy, folder)
+    finally:
+        trainer.close()
+    for name, value in result.evaluation.items():
+        log.info("evaluation: %s %.4f", name, value)
+    if entropy is not None:
+        log.info("unigram entropy of the evaluation split: %.4f nats", entropy)
+    return result
+
+
+def _configure_logging(config: TrainConfig) -> None:
+    logging.basicConfig(
+        format=f"%(asctime)s rank{dist.get_global_rank()} %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.getLogger("bert").setLevel(config.python_log_level.upper())
+
+
+def _device(config: TrainConfig) -> Device:
+    if config.device == "gpu" and not torch.cuda.is_available():
+        raise RecipeError("device=gpu, but torch sees no CUDA device: use device=cpu, or install a CUDA build of torch")
+    return get_device(config.device)
+
+
+def _for_device(config: TrainConfig, device: Device) -> TrainConfig:
+    """The recipe as this device can run it, with a warning for what changes."""
+    if isinstance(device, DeviceGPU):
+        return config
+    if config.parallelism_config:
+        raise RecipeError("parallelism_config needs GPUs: Composer shards models there only; set it to null")
+    if isinstance(device, DeviceCPU) and config.precision != Precision.FP32.value:
+        log.warning("precision %s becomes fp32: Composer trains on a CPU in fp32 only", config.precision)
+        config = dataclasses.replace(config, precision=Precision.FP32.value)
+    if config.device_train_microbatch_size == "auto":
+        micro = max(1, config.global_train_batch_size // dist.get_world_size())
+        log.warning("device_train_microbatch_size auto becomes %d, the device's whole batch: auto needs a GPU", micro)
+        config = dataclasses.replace(config, device_train_microbatch_size=micro)
+    return config
+
+
+def _device_batch(key: str, batch_size: int, world_size: int) -> int:
+    if batch_size % world_size:
+        raise RecipeError(
+            f"{key} {batch_size} does not divide by the {world_size} devices; the nearest that does is "
+            f"{max(1, round(batch_size / world_size)) * world_size}"
+        )
+    return batch_size // world_size
+
+
+def _eval_batch_size(config: TrainConfig) -> int:
+    return config.global_eval_batch_size or config.global_train_batch_size
+
+
+def _check_data(config: TrainConfig, model: MaskedLanguageModel) -> tuple[DatasetMetadata, DatasetMetadata | None]:
+    """Read what the splits say about themselves and compare it with the recipe."""
+    expected = fingerprint(load_tokenizer(config.tokenizer_name)) if config.tokenizer_name is not None else None
+    vocab_size = model.model.config.vocab_size
+    found: list[DatasetMetadata | None] = []
+    for name, loader in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
+        if loader is None:
+            found.append(None)
+            continue
+        try:
+            metadata = load_metadata(loader.dataset)
+            check_metadata(
+                metadata, max_seq_len=config.max_seq_len, vocab_size=vocab_size, tokenizer_fingerprint=expected
+            )
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+        expected = metadata.tokenizer_fingerprint  # of the training data, for the evaluation's
+        found.append(metadata)
+    train_data, eval_data = found
+    assert train_data is not None
+    if vocab_size > padded_vocab_size(train_data.vocab_size):
+        log.warning(
+            "the model has %d vocabulary entries, the data's tokenizer %d: the others cost time and are never used",
+            vocab_size,
+            train_data.vocab_size,
+        )
+    return train_data, eval_data
+
+
+def _record(config: TrainConfig, metadata: DatasetMetadata) -> dict[str, Any]:
+    packages = ("monarch-mixer-bert", "torch", "mosaicml", "mosaicml-streaming", "transformers", "numpy")
+    return {
+        "recipe": to_yaml(config),
+        "model": {"name": config.model.name, "config": config.model.config},
+        "tokenizer_fingerprint": metadata.tokenizer_fingerprint,
+        "tokenizer_name": metadata.tokenizer_name,
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+    }
+
+
+def _data_spec(config: TrainConfig, loader: LoaderConfig, device_batch: int, *, train: bool) -> Any:
+    return build_data_spec(
+        loader, device_batch_size=device_batch, max_seq_len=config.max_seq_len, seed=config.seed, train=train
+    )
+
+
+def _evaluation_arguments(config: TrainConfig, device_batch: int) -> dict[str, Any]:
+    if config.eval_loader is None:
+        return {}
+    evaluator = Evaluator(label="eval", dataloader=_data_spec(config, config.eval_loader, device_batch, train=False))
+    return {
+        "eval_dataloader": evaluator,
+        "eval_interval": config.eval_interval,
+        "eval_subset_num_batches": config.eval_subset_num_batches,
+    }
+
+
+def _trainer_arguments(config: TrainConfig, device: Device, device_batch: int) -> dict[str, Any]:
+    micro = config.device_train_microbatch_size
+    guarded = "nan_guard" in builders.active(config.callbacks)
+    return {
+        "run_name": config.run_name,
+        "max_duration": config.max_duration,
+        "seed": config.seed,
+        "device": device,
+        "precision": config.precision,
+        "device_train_microbatch_size": micro if isinstance(micro, str) else min(micro, device_batch),
+        # The mean over the masked tokens of the global batch, however it is split: with masks drawn by chance,
+        # microbatches and ranks have unequal numbers of them.
+        "accumulate_train_batch_on_tokens": True,
+        "progress_bar": config.progress_bar,
+        "log_to_console": config.log_to_console,
+        "console_log_interval": config.console_log_interval,
+        "python_log_level": "warning" if config.python_log_level == "info" else config.python_log_level,
+        "save_folder": config.save_folder,
+        "save_interval": finite_save_interval(config.save_interval) if guarded else config.save_interval,
+        "save_num_checkpoints_to_keep": config.save_num_checkpoints_to_keep,
+        # A run killed while it wrote a checkpoint leaves a torn one behind, which the resumed run writes again.
+        "save_overwrite": config.save_overwrite or config.autoresume,
+        "load_path": config.load_path,
+        "load_weights_only": config.load_weights_only,
+        "autoresume": config.autoresume,
+        "compile_config": builders.compile_arguments(config),
+        "parallelism_config": config.parallelism_config,
+        "deterministic_mode": config.deterministic,
+        "dist_timeout": config.dist_timeout,
+    }
+
+
+def _write_recipe(config: TrainConfig, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".recipe.yaml.tmp"
+    temporary.write_text(to_yaml(config), encoding="utf-8")
+    os.replace(temporary, folder / "recipe.yaml")
+
+
+def _result(trainer: Trainer, entropy: float | None, folder: Path) -> TrainResult:
+    metrics = trainer.state.eval_metrics.get("eval", {})
+    evaluated = trainer.state.eval_timestamp.batch.value > 0
+    return TrainResult(
+        batches=trainer.state.timestamp.batch.value,
+        train_loss=(trainer.state.total_loss_dict or {}).get("loss/train/total"),
+        evaluation={name: float(metric.compute()) for name, metric in metrics.items()} if evaluated else {},
+        unigram_entropy=entropy,
+        folder=folder,
+    )
