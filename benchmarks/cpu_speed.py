@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import BertForMaskedLM
 from transformers import __version__ as transformers_version
 
 from bert.composer_models import MaskedLanguageModel, build_masked_lm
@@ -101,7 +102,7 @@ def shipped_step_of(model: MaskedLanguageModel, batch: dict[str, torch.Tensor]) 
     def run() -> None:
         model.train()
         optimizer.zero_grad()
-        model.model(**batch).loss.backward()
+        BertForMaskedLM.forward(model.model, **batch).loss.backward()
         optimizer.step()
 
     return run

@@ -73,6 +73,7 @@ class SelfAttention(nn.Module):
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     """Return ALiBi's slope for each head, (num_heads,): a geometric sequence, interleaved for odd numbers of heads."""
     power = 2 ** int(math.log2(num_heads))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    slopes += [2 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * power, 2)][: num_heads - power]
-    return torch.tensor(slopes, device=device)
+    # Made on the device: a table copied there would make every step wait for it.
+    head = torch.arange(num_heads, device=device)
+    exponent = torch.where(head < power, (head + 1) / power, (2 * (head - power) + 1) / (2 * power))
+    return torch.exp2(-8 * exponent)

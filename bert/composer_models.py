@@ -12,10 +12,12 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import BertConfig, BertForMaskedLM
+from transformers.models.bert.modeling_bert import BertLayer
 
 from bert.configuration import M2BertConfig
+from bert.data.masking import IGNORED_LABEL
 from bert.errors import RecipeError, nearest
-from bert.masked_lm import IGNORED_LABEL, masked_lm_output, row_bound
+from bert.masked_lm import MaskedLMRowsOutput, masked_lm_output, row_bound
 from bert.modeling import M2BertForMaskedLM
 
 # Widths that divide by this keep tensor cores busy; the published models round the vocabulary up to it.
@@ -75,11 +77,22 @@ class MaskedAccuracy(Metric):
 
 
 class HuggingFaceBert(BertForMaskedLM):
-    """Hugging Face's BERT with its head as a method, so that it runs on masked rows like the other models' heads."""
+    """Hugging Face's BERT with its head on masked rows only, as in the other models."""
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Return the vocabulary logits (..., vocabulary) of hidden states (..., hidden)."""
         return self.cls(hidden)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, max_masked_rows: int | None = None
+    ) -> MaskedLMRowsOutput:
+        """Return loss and logits of the labelled positions, as `M2BertForMaskedLM.forward` does."""
+        hidden = self.bert(input_ids, attention_mask=attention_mask)[0]
+        return masked_lm_output(hidden, labels, self.predict, max_masked_rows)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Say whether Composer's FSDP shards a module by itself."""
+        return isinstance(module, BertLayer)
 
 
 class MaskedLanguageModel(ComposerModel):
@@ -95,8 +108,7 @@ class MaskedLanguageModel(ComposerModel):
         """Wrap a model.
 
         Args:
-            model: a model whose `base_model` is the encoder and `predict` the head, from hidden rows (rows, hidden) to
-                logits (rows, vocabulary).
+            model: the model; with labels it returns a `MaskedLMRowsOutput`.
             train_mask_rate: fraction of tokens masked in training; bounds the rows the head is given on a GPU.
             eval_mask_rate: the same in evaluation.
         """
@@ -107,11 +119,15 @@ class MaskedLanguageModel(ComposerModel):
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return loss (mean over masked rows), cross_entropy_sum, num_masked and num_correct, all scalars."""
         labels = batch["labels"]
-        encoded = self.model.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
         max_rows = None
         if torch.compiler.is_compiling() or labels.device.type != "cpu":
             max_rows = row_bound(labels.numel(), self.mask_rates[self.training])
-        output = masked_lm_output(encoded[0], labels, self.model.predict, max_rows)
+        output = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            labels=labels,
+            max_masked_rows=max_rows,
+        )
         num_masked = output.num_masked
         with torch.no_grad():
             correct = output.logits.argmax(-1) == output.row_labels

@@ -168,6 +168,10 @@ class M2BertPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["M2BertLayer"]  # noqa: RUF012 - the base class has a list
 
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Say whether Composer's FSDP shards a module by itself."""
+        return isinstance(module, M2BertLayer)
+
     def _init_weights(self, module: nn.Module) -> None:
         # Hugging Face calls this for children before their parents, so a layer's parts are drawn when the encoder is.
         std = self.config.initializer_range
@@ -291,13 +295,14 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        max_masked_rows: int | None = None,
         **_: Any,
     ) -> MaskedLMOutput | MaskedLMRowsOutput | tuple:
         """Predict tokens; inputs as in `M2BertModel.forward`.
 
         Without `labels`: logits at all positions, (batch, length, vocabulary). With `labels` (batch, length), -100
         where there is none: the mean cross entropy over labelled positions, and logits of those alone (`row_labels`
-        says whose they are).
+        says whose they are). `max_masked_rows` fixes their number (see `bert.masked_lm.select_masked_rows`).
         """
         encoded = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states, True
@@ -307,7 +312,7 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
             logits = cast(torch.FloatTensor, self.predict(encoded.last_hidden_state))
             output = MaskedLMOutput(logits=logits, hidden_states=encoded.hidden_states)
         else:
-            output = masked_lm_output(encoded.last_hidden_state, labels, self.predict)
+            output = masked_lm_output(encoded.last_hidden_state, labels, self.predict, max_masked_rows)
             output.hidden_states = encoded.hidden_states
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
 

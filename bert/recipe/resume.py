@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import json
 import logging
-import os
-import pickle
-import re
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 from composer.utils import format_name_with_dist
 
 from bert.errors import CheckpointError, RecipeError
 from bert.recipe.callbacks import RecipeRecord, check_record, differences
 from bert.recipe.schema import TrainConfig
+from bert.safe_loading import load_checkpoint_file
 
 log = logging.getLogger(__name__)
 
 LATEST = "latest-rank0.pt"  # the link that Composer moves after each checkpoint is wholly written
-# What a Composer checkpoint holds besides tensors and plain values: times, torch's version, numpy's random state.
-_HARMLESS: list[Any] = [
-    datetime.timedelta,
-    type(torch.__version__),
-    np.empty(0).__reduce__()[0],
-    np.ndarray,
-    np.dtype,
-    np.dtypes.UInt32DType,
-]
 
 
 def is_remote(folder: str) -> bool:
@@ -95,32 +79,6 @@ def starting_point(config: TrainConfig) -> StartingPoint | None:
     return start
 
 
-@contextlib.contextmanager
-def safe_loading() -> Iterator[None]:
-    """While this is open, no `torch.load` of this process runs code that a file brings, Composer's included.
-
-    Composer 0.32 loads with weights_only=False, which executes whatever a hostile checkpoint says; torch lets the
-    environment overrule it. Sharded FSDP checkpoints (a folder) are read by torch.distributed and are not covered.
-
-    Raises:
-        CheckpointError: from within: the file asks for more than tensors, plain values, times and numpy arrays.
-    """
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            yield
-    except pickle.UnpicklingError as error:
-        asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {asked_for[1]}, which could run code" if asked_for else "it is damaged"
-        raise CheckpointError(f"the checkpoint is refused: {reason}") from error
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-
-
 def check_checkpoint(start: StartingPoint, current: Mapping[str, Any]) -> None:
     """Compare the record in a checkpoint with this run's, before Composer loads it; warn of other settings.
 
@@ -135,12 +93,11 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any]) -> None:
     """
     if start.path.is_dir():
         return
+    content = load_checkpoint_file(start.path)
     try:
-        with safe_loading():
-            content = torch.load(start.path, map_location="cpu", weights_only=True, mmap=True)
         callbacks = content["state"].get("callbacks", {})
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{start.path} is not a whole Composer checkpoint: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{start.path} is not a Composer checkpoint: it has no training state") from error
     stored = callbacks.get(RecipeRecord.__qualname__)
     if stored is None:
         return

@@ -29,8 +29,9 @@ from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import DataError, RecipeError
 from bert.recipe import builders
 from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, TrainingDivergedError, finite_save_interval
-from bert.recipe.resume import check_checkpoint, run_folder, safe_loading, starting_point
+from bert.recipe.resume import check_checkpoint, run_folder, starting_point
 from bert.recipe.schema import RECIPE_FOLDER, TrainConfig, load_config, to_yaml
+from bert.safe_loading import safe_loading
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from monarch_mixer import cpu
 from monarch_mixer.block_diagonal import BlockDiagonalLinear
 
 
@@ -30,6 +31,11 @@ def gated_block_diagonal_mlp(
     """
     num_blocks, _, in_block = input_weight.shape
     _, out_block, inner_block = output_weight.shape
+    if cpu.cpu_path_applies(x, input_weight):
+        tokens = x.reshape(-1, num_blocks * in_block)
+        y = cpu.gated_block_diagonal_mlp(tokens, input_weight, output_weight, dropout if training else 0.0)
+        y = y.view(*x.shape[:-1], num_blocks * out_block)
+        return y if output_bias is None else y + output_bias
     blocks = x.reshape(-1, num_blocks, in_block).transpose(0, 1)
     wide = torch.bmm(blocks, input_weight.transpose(1, 2))  # (num_blocks, tokens, 2 * inner_block)
     gates, values = wide.chunk(2)

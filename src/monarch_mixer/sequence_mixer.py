@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from monarch_mixer import cpu
 from monarch_mixer.filters import ImplicitFilter
 from monarch_mixer.long_convolution import long_convolution, short_convolution
 
@@ -46,6 +47,10 @@ def gated_long_convolution(
     if residual_taps is None:
         return mixed
     return mixed + long_convolution(residual_input, *residual_taps)
+
+
+def _project(layer: nn.Linear, x: Tensor) -> Tensor:
+    return cpu.linear(x, layer.weight, layer.bias)
 
 
 class MonarchSequenceMixer(nn.Module):
@@ -125,7 +130,7 @@ class MonarchSequenceMixer(nn.Module):
         if self.residual_filter is not None:
             residual_taps = (*self.residual_filter(length), self.residual_filter.skip)
         y = gated_long_convolution(
-            self.input_projection(x),
+            _project(self.input_projection, x),
             x,
             self.short_weight,
             self.short_bias,
@@ -133,4 +138,4 @@ class MonarchSequenceMixer(nn.Module):
             residual_taps,
         )
         # Outside autocast a model held in bf16 wants its own dtype; inside, the projection casts for itself.
-        return self.output_projection(y.to(x.dtype))
+        return _project(self.output_projection, y.to(x.dtype))

@@ -14,7 +14,6 @@ from streaming import MDSWriter
 
 from bert.data.metadata import DatasetMetadata
 
-REPOSITORY = Path(__file__).parents[3]
 SEQ_LEN = 16
 VOCAB_SIZE = 40
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}

@@ -202,6 +202,19 @@ def test_nothing_in_a_checkpoint_is_executed(
     assert trace.exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_damaged_or_foreign_checkpoint_is_one_message(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    path = tmp_path / "damaged.pt"
+    if content is None:
+        torch.save({"weights": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(content)
+    assert main([str(recipe()), f"load_path={path}"]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(
     recipe: Recipe, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,7 +230,7 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(
     for split in ("train", "validation"):
         write_metadata(data / split, tokenizer_fingerprint="other")
     for weights_only in ("false", "true"):
-        assert main([*other, f"load_weights_only={weights_only}"]) == 2
+        assert main([*other, "run_name=third", f"load_weights_only={weights_only}"]) == 2
         assert "another tokenizer" in capsys.readouterr().err
 
 
