@@ -8,17 +8,14 @@ The two sides alternate in one process; medians, and the median of the ratios pa
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import write_figures
 from transformers import BertForMaskedLM
-from transformers import __version__ as transformers_version
 
 from bert.composer_models import MaskedLanguageModel, build_masked_lm
 
@@ -59,16 +56,7 @@ def main() -> None:
     for name, row in rows.items():
         print(f"{name:<32} {row['m2_s']:8.3f} {row['hf_s']:8.3f} {row['ratio']:8.2f}")
     if arguments.output:
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers_version,
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        record = {"command": " ".join(sys.argv), "machine": machine, "shape": shape, "rows": rows}
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        write_figures(arguments.output, {"shape": shape, "threads": torch.get_num_threads(), "rows": rows})
 
 
 def forward_of(model: MaskedLanguageModel, ids: torch.Tensor) -> Callable[[], None]:

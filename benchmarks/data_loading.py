@@ -6,7 +6,6 @@ python benchmarks/data_loading.py --workers 2 --batch-size 64 --output data_load
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import write_figures
 from streaming import MDSWriter
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
@@ -176,11 +176,7 @@ def main() -> None:
     ratio = results["shards"]["samples_per_second"] / results["tokenizing on the fly"]["samples_per_second"]
     print(f"ratio {ratio:.1f}; target of the shards at 128 tokens and 2 workers: {TARGET:,.0f} samples/s")
     if args.output:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        report = {"settings": settings, "cores": os.cpu_count(), "results": results, "runs": runs, "ratio": ratio}
-        temporary = args.output.with_name(f".{args.output.name}.tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, args.output)
+        write_figures(args.output, {"results": results, "runs": runs, "ratio": ratio})
 
 
 if __name__ == "__main__":

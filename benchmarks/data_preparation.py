@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before the library starts its threads
 
+from machine import write_figures
 from tokenizers import Tokenizer
 
 from bert.data.preparation import PrepareSettings, open_source, prepare
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--layout", default="concat")
     parser.add_argument("--megabytes", type=float, default=24, help="text used, in millions of characters")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", default="benchmarks/results/data_preparation.json")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
 
     backend = Tokenizer.from_str(backend_json(load_tokenizer(options.tokenizer)))
@@ -114,14 +114,9 @@ def main() -> None:
         "seconds_and_cpu_seconds": times,
         "tokens": tokens,
         "documents": len(texts),
-        "options": vars(options),
-        "cpu_count": os.cpu_count(),
-        "machine": platform.platform(),
     }
-    print("writing", options.json)
-    path = Path(options.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if options.output:
+        write_figures(options.output, result)
 
 
 def write_xz(path: Path, texts: list[str]) -> None:
