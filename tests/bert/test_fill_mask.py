@@ -1,0 +1,93 @@
+import json
+
+import pytest
+import torch
+
+from bert import fill_mask
+from bert.composer_models import build_masked_lm
+from bert.data.tokenizer import fingerprint, train_wordpiece
+from bert.errors import CheckpointError, DataError
+from bert.fill_mask import fill_masks
+from bert.trained import LATEST_NAME, load_trained
+
+TEXTS = ["the cat sat on the mat", "a dog ran to the cat", "the mat is on the floor"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_wordpiece(TEXTS, 60)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer):
+    """A checkpoint as Composer writes it, with the record that the recipe's callback adds, and its data's tokenizer."""
+    config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "intermediate_size": 16,
+        "max_position_embeddings": 12,
+        "long_conv_l_max": 12,
+        "hyena_filter_order": 4,
+    }
+    model = build_masked_lm("m2_bert", config, train_mask_rate=0.3, eval_mask_rate=0.15)
+    tokenizer.save_pretrained(tmp_path / "data" / "train" / "tokenizer")
+    record = {
+        "recipe": f"train_loader: {{dataset: {{local: '{tmp_path / 'data'}', split: train, streams: {{}}}}}}",
+        "model": {"name": "m2_bert", "config": config},
+        "tokenizer_name": "test",
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+    }
+    state = {"model": model.state_dict(), "callbacks": {"RecipeRecord": {"record": json.dumps(record)}}}
+    torch.save({"state": state, "rng": []}, tmp_path / LATEST_NAME)
+    return tmp_path, model
+
+
+def test_a_checkpoint_or_its_folder_gives_the_model_back(checkpoint):
+    folder, model = checkpoint
+    for path in (folder, folder / LATEST_NAME):
+        loaded = load_trained(path).model
+        assert not loaded.training
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_predictions_are_the_likeliest_words_at_each_mask(checkpoint):
+    trained = load_trained(checkpoint[0])
+    tokenizer = trained.tokenizer()
+    predictions = fill_masks(trained.model, tokenizer, "the [MASK] sat on the [MASK]", top=3)
+    encoded = tokenizer("the [MASK] sat on the [MASK]", padding="max_length", max_length=12, return_tensors="pt")
+    with torch.no_grad():
+        logits = trained.model.model(encoded["input_ids"]).logits[encoded["input_ids"] == tokenizer.mask_token_id]
+    assert len(predictions) == 2
+    for prediction, row in zip(predictions, logits, strict=True):
+        best = row[: len(tokenizer)].softmax(-1).sort(descending=True)
+        assert [word for word, _ in prediction] == [tokenizer.decode([i]) for i in best.indices[:3].tolist()]
+        assert [p for _, p in prediction] == pytest.approx(best.values[:3].tolist(), rel=1e-4)
+
+
+def test_command_line(checkpoint, capsys):
+    assert fill_mask.main([str(checkpoint[0]), "the [MASK] sat", "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "the [MASK] sat" and len(lines) == 2
+    assert fill_mask.main([str(checkpoint[0]), "no mask here"]) == 2
+    assert "there is no [MASK]" in capsys.readouterr().err
+
+
+def test_mistakes_are_named(checkpoint, tmp_path, tokenizer):
+    folder, _ = checkpoint
+    trained = load_trained(folder)
+    with pytest.raises(DataError, match="takes 12"):
+        fill_masks(trained.model, tokenizer, "the cat [MASK] " * 9)
+    train_wordpiece([text.upper() + " other words" for text in TEXTS], 70).save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="not the model's tokenizer"):
+        trained.tokenizer(str(tmp_path / "other"))
+    (folder / "data" / "train" / "tokenizer").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="--tokenizer"):
+        trained.tokenizer()
+    assert len(trained.tokenizer(str(tmp_path / "moved"))) == len(tokenizer)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        load_trained(tmp_path / "absent.pt")
+    torch.save({"state": {"model": {}}}, tmp_path / "foreign.pt")
+    with pytest.raises(CheckpointError, match="no record of a recipe"):
+        load_trained(tmp_path / "foreign.pt")
