@@ -56,7 +56,9 @@ class DatasetConfig:
     # For one order on any number of nodes, give a number that all these numbers of nodes divide.
     num_canonical_nodes: int | None = None
     predownload: int | None = None  # samples that a worker downloads ahead; None: 8 batches
-    cache_limit: int | str | None = None  # bytes in `local`, such as 50gb; None: no limit
+    # Bytes in `local`, such as 50gb; None: no limit. Far more than the shards that are read at a time: streaming was seen
+    # to wait for ever with a cache of a few shards.
+    cache_limit: int | str | None = None
     epoch_size: int | str | None = None  # samples of an epoch; None: all, or as the streams say
     sampling_method: str = "balanced"  # balanced: other samples each epoch where a stream is subsampled; or fixed
     sampling_granularity: int = 1  # samples taken in a row from a shard where a stream is subsampled
