@@ -56,8 +56,8 @@ class DatasetConfig:
     # For one order on any number of nodes, give a number that all these numbers of nodes divide.
     num_canonical_nodes: int | None = None
     predownload: int | None = None  # samples that a worker downloads ahead; None: 8 batches
-    # Bytes in `local`, such as 50gb; None: no limit. Far more than the shards that are read at a time: streaming was seen
-    # to wait for ever with a cache of a few shards.
+    # Bytes in `local`, such as 50gb; None: no limit. Give far more than the shards that are read at a time: streaming
+    # was seen to wait for ever with a cache of a few shards.
     cache_limit: int | str | None = None
     epoch_size: int | str | None = None  # samples of an epoch; None: all, or as the streams say
     sampling_method: str = "balanced"  # balanced: other samples each epoch where a stream is subsampled; or fixed
