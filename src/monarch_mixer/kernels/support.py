@@ -1,0 +1,87 @@
+"""What the Triton kernels share: where they run, their arithmetic, and how their outputs are allocated."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Ampere, the first with bf16 and asynchronous copies. The kernels are tuned on, and were run on, Hopper (9.0).
+MIN_CAPABILITY = (8, 0)
+
+_state = {"enabled": True}
+_logged: set[str] = set()
+
+
+@contextlib.contextmanager
+def use_kernels(enabled: bool) -> Iterator[None]:
+    """Switch the kernels on or off (the plain PyTorch versions run then) within a `with` block."""
+    before = _state["enabled"]
+    _state["enabled"] = enabled
+    try:
+        yield
+    finally:
+        _state["enabled"] = before
+
+
+def kernels_enabled() -> bool:
+    """Say whether kernels may run at all; see `use_kernels`."""
+    return _state["enabled"]
+
+
+def kernels_apply(x: Tensor, dtype: torch.dtype) -> bool:
+    """Say whether an op on `x`, computed in `dtype`, runs as Triton kernels.
+
+    Where the device or the dtype is not supported the reference runs, and the log says so once.
+    """
+    return kernels_enabled() and x.is_cuda and _supported(x.device.index or 0, dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype an op computes in: autocast's where it is on, else that of `x`."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+@torch.compiler.assume_constant_result
+def _supported(device: int, dtype: torch.dtype) -> bool:
+    capability = torch.cuda.get_device_capability(device)
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed"
+    elif capability < MIN_CAPABILITY:
+        reason = f"compute capability {capability[0]}.{capability[1]} is under {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    elif dtype not in DTYPES:
+        reason = f"there are none for {dtype}"
+    else:
+        return True
+    if reason not in _logged:
+        _logged.add(reason)
+        log.warning("Monarch Mixer runs without its Triton kernels: %s", reason)
+    return False
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return Triton's `input_precision` for products of `dtype`.
+
+    fp32 products are exact to fp32 (three tf32 products each) unless PyTorch's own may be tf32.
+    """
+    return "tf32x3" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate what a kernel writes; all of it, which tests check by filling it with NaN first."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def interpreting() -> bool:
+    """Say whether Triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1; for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
