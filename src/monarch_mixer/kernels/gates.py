@@ -1,0 +1,133 @@
+"""The short convolution and the gates of the sequence mixer, inside the kernels of the long convolutions and by itself.
+
+Activations are channels-first in memory: `projected` (3 * channels, batch, length), the others (channels, batch,
+length), so that the positions of a sequence are neighbours.
+"""
+
+# mypy: disable-error-code="valid-type, index, call-arg"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from monarch_mixer.kernels.support import empty
+
+
+class Gradients(NamedTuple):
+    """Gradients of what a kernel of the gated (first three) and residual convolutions was given; None: it was not."""
+
+    short: Tensor | None = None  # (3 * channels, batch, length), of the short convolution's output
+    operand: Tensor | None = None
+    skip: Tensor | None = None  # (channels,)
+    x: Tensor | None = None  # (channels, batch, length)
+    residual_operand: Tensor | None = None
+    residual_skip: Tensor | None = None  # (channels,)
+
+
+@triton.jit
+def short_convolve(ptr, offset, position, valid, parameters, channel):
+    """Return the causal three-tap convolution at `position` of one of the projected streams; 0 where not `valid`.
+
+    `parameters` (3 * channels, 5) has a row for each channel: three taps, the bias of the convolution, and that of the
+    linear map before it, which exists at real positions only and so is not added left of the first.
+    """
+    row = parameters + channel * 5
+    past2, past1, now = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    bias, input_bias = tl.load(row + 3), tl.load(row + 4)
+    has1 = valid & (position >= 1)
+    has2 = valid & (position >= 2)
+    x0 = tl.load(ptr + offset, mask=valid, other=0.0).to(tl.float32)
+    x1 = tl.load(ptr + offset - 1, mask=has1, other=0.0).to(tl.float32)
+    x2 = tl.load(ptr + offset - 2, mask=has2, other=0.0).to(tl.float32)
+    y = now * x0 + past1 * x1 + past2 * x2
+    y += input_bias * (now + tl.where(has1, past1, 0.0) + tl.where(has2, past2, 0.0)) + bias
+    return tl.where(valid, y, 0.0)
+
+
+@triton.jit
+def _short_convolution_backward_kernel(
+    grad_ptr, projected_ptr, parameters, out_ptr, sums_ptr, batch, length, num_parts, BLOCK: tl.constexpr
+):
+    """Gradient of the projection, and of the taps and biases summed over this program's share of (batch, length).
+
+    The positions of all sequences of a channel are one row; a program walks every `num_parts`-th block of it.
+    """
+    channel = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    row = parameters + channel * 5
+    past2, past1, now = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    input_bias = tl.load(row + 4)
+    total = batch * length
+    base = channel * total
+    sum0 = tl.zeros([BLOCK], tl.float32)
+    sum1 = tl.zeros([BLOCK], tl.float32)
+    sum2 = tl.zeros([BLOCK], tl.float32)
+    sum_bias = tl.zeros([BLOCK], tl.float32)
+    sum_out = tl.zeros([BLOCK], tl.float32)
+    for block in range(part, tl.cdiv(total, BLOCK), num_parts):
+        index = block * BLOCK + tl.arange(0, BLOCK)
+        position = index % length
+        valid = index < total
+        offset = base + index
+        grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+        next1 = tl.load(grad_ptr + offset + 1, mask=valid & (position + 1 < length), other=0.0).to(tl.float32)
+        next2 = tl.load(grad_ptr + offset + 2, mask=valid & (position + 2 < length), other=0.0).to(tl.float32)
+        out = now * grad + past1 * next1 + past2 * next2
+        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=valid)
+        x0 = tl.load(projected_ptr + offset, mask=valid, other=0.0).to(tl.float32) + input_bias
+        # The product of the gradient at t with the input at t - j is that of the gradient at t + j with the input at t.
+        sum0 += grad * x0
+        sum1 += next1 * x0
+        sum2 += next2 * x0
+        sum_bias += grad
+        sum_out += out
+    sums = sums_ptr + (channel * num_parts + part) * 5
+    tl.store(sums, tl.sum(sum2))
+    tl.store(sums + 1, tl.sum(sum1))
+    tl.store(sums + 2, tl.sum(sum0))
+    tl.store(sums + 3, tl.sum(sum_bias))
+    tl.store(sums + 4, tl.sum(sum_out))
+
+
+def short_convolution_backward(grad: Tensor, projected: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the projection (3 * channels, batch, length) and of `parameters` (3 * channels, 5).
+
+    Args:
+        grad: gradient of the convolution's output, in the projection's shape and dtype.
+        projected: the projection without its bias.
+        parameters: see `short_convolve`.
+    """
+    rows, batch, length = projected.shape
+    out = empty(rows, batch, length, dtype=projected.dtype, device=projected.device)
+    # Enough programs for any GPU, and each with work enough to make its sums cheap.
+    block = 1024
+    num_parts = max(1, min(triton.cdiv(batch * length, 4 * block), 16))
+    sums = empty(rows, num_parts, 5, dtype=torch.float32, device=projected.device)
+    _short_convolution_backward_kernel[(rows, num_parts)](
+        grad, projected, parameters, out, sums, batch, length, num_parts, BLOCK=block, num_warps=4
+    )
+    return out, sums.sum(1)
+
+
+@triton.jit
+def _transpose_kernel(in_ptr, out_ptr, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (row[:, None] < rows) & (column[None, :] < columns)
+    tile = tl.load(in_ptr + row[:, None] * columns + column[None, :], mask=mask)
+    tl.store(out_ptr + column[:, None] * rows + row[None, :], tl.trans(tile), mask=tl.trans(mask))
+
+
+def transpose(x: Tensor) -> Tensor:
+    """Return the contiguous transpose (columns, rows) of a contiguous matrix x (rows, columns)."""
+    rows, columns = x.shape
+    out = empty(columns, rows, dtype=x.dtype, device=x.device)
+    if x.numel():
+        grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 64))
+        _transpose_kernel[grid](x, out, rows, columns, BLOCK_R=64, BLOCK_C=64, num_warps=4)
+    return out
