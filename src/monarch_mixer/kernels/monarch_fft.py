@@ -45,39 +45,39 @@ MAX_BLOCK = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 8192}
 # Elements of a tile, which sequences of a short block share, and warps of a program, forward and backward.
 TILE = {"forward": 8192, "backward": 8192}
 WARPS = {"forward": 8, "backward": 8, "blocks": 8}
+# The batch is split where that makes at most so many programs.
+PROGRAMS = {"forward": 1536, "backward": 1536, "blocks": 3072}
 
 
 @triton.jit
-def _to_frequency(x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, dtype: tl.constexpr, PRECISION: tl.constexpr):
+def _to_frequency(x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """Transform x (rows, sequences * columns) to real and imaginary parts (rows * sequences, columns)."""
     real = dot(cos, x, None, PRECISION)
     negative_imag = dot(sin, x, None, PRECISION)
-    return _columns_to_frequency(
-        real, negative_imag, twiddle_cos, twiddle_sin, cos2, sin2, dtype=dtype, PRECISION=PRECISION
-    )
+    return _columns_to_frequency(real, negative_imag, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION)
 
 
 @triton.jit
 def _columns_to_frequency(
-    real, negative_imag, twiddle_cos, twiddle_sin, cos2, sin2, dtype: tl.constexpr, PRECISION: tl.constexpr
+    real, negative_imag, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Turn by the twiddle and transform the columns; the first product's imaginary part comes with its sign turned."""
     columns: tl.constexpr = cos2.shape[0]
     count: tl.constexpr = real.shape[0] * real.shape[1] // columns
     turned_real = real * twiddle_cos - negative_imag * twiddle_sin
-    turned_imag = -(real * twiddle_sin + negative_imag * twiddle_cos)
-    turned_real = tl.reshape(turned_real, (count, columns)).to(dtype)
-    turned_imag = tl.reshape(turned_imag, (count, columns)).to(dtype)
+    negative_turned = real * twiddle_sin + negative_imag * twiddle_cos
+    turned_real = tl.reshape(turned_real.to(dtype), (count, columns))
+    turned_imag = tl.reshape((-negative_turned).to(dtype), (count, columns))
     out_real = dot(turned_real, cos2, None, PRECISION)
     out_real = dot(turned_imag, sin2, out_real, PRECISION)
     out_imag = dot(turned_imag, cos2, None, PRECISION)
-    out_imag -= dot(turned_real, sin2, None, PRECISION)
+    out_imag = dot(turned_real, negative2, out_imag, PRECISION)
     return out_real, out_imag
 
 
 @triton.jit
 def _columns_to_time(
-    real, imag, twiddle_cos, twiddle_sin, cos2, sin2, rows: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr
+    real, imag, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Undo `_columns_to_frequency`, up to the first factor: real and imaginary parts (rows, sequences * columns)."""
     columns: tl.constexpr = cos2.shape[0]
@@ -85,7 +85,7 @@ def _columns_to_time(
     real = real.to(dtype)
     imag = imag.to(dtype)
     turned_real = dot(real, cos2, None, PRECISION)
-    turned_real -= dot(imag, sin2, None, PRECISION)
+    turned_real = dot(imag, negative2, turned_real, PRECISION)
     turned_imag = dot(real, sin2, None, PRECISION)
     turned_imag = dot(imag, cos2, turned_imag, PRECISION)
     turned_real = tl.reshape(turned_real, (rows, width))
@@ -98,32 +98,30 @@ def _columns_to_time(
 
 @triton.jit
 def _to_time(
-    real, imag, cos_t, sin_t, twiddle_cos, twiddle_sin, cos2, sin2,
+    real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2,
     rows: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transform back (the adjoint of `_to_frequency`) to real sequences (rows, sequences * columns)."""
     real, imag = _columns_to_time(
-        real, imag, twiddle_cos, twiddle_sin, cos2, sin2, rows=rows, dtype=dtype, PRECISION=PRECISION
+        real, imag, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=rows, dtype=dtype, PRECISION=PRECISION
     )
-    out = dot(cos_t, real.to(dtype), None, PRECISION)
-    return dot(sin_t, (-imag).to(dtype), out, PRECISION)
+    out = dot(tl.trans(cos), real.to(dtype), None, PRECISION)
+    return dot(tl.trans(sin), (-imag).to(dtype), out, PRECISION)
 
 
 @triton.jit
 def _matrices(tables_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load cos and sin of the first factor, their transposes, and cos and sin of the second."""
+    """Load cos and sin of the first factor; of the second, which is symmetric, cos, sin and -sin."""
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
-    first = r[:, None] * ROWS + r[None, :]
-    first_t = r[None, :] * ROWS + r[:, None]
-    second = 2 * ROWS * ROWS + c[:, None] * COLUMNS + c[None, :]
+    first = tables_ptr + r[:, None] * ROWS + r[None, :]
+    second = tables_ptr + 2 * ROWS * ROWS + c[:, None] * COLUMNS + c[None, :]
     return (
-        tl.load(tables_ptr + first),
-        tl.load(tables_ptr + ROWS * ROWS + first),
-        tl.load(tables_ptr + first_t),
-        tl.load(tables_ptr + ROWS * ROWS + first_t),
-        tl.load(tables_ptr + second),
-        tl.load(tables_ptr + second + COLUMNS * COLUMNS),
+        tl.load(first),
+        tl.load(first + ROWS * ROWS),
+        tl.load(second),
+        tl.load(second + COLUMNS * COLUMNS),
+        tl.load(second + 2 * COLUMNS * COLUMNS),
     )
 
 
@@ -150,7 +148,7 @@ def _spectrum_kernel(
     channel = tl.program_id(0).to(tl.int64)
     distance = tl.program_id(1)
     block: tl.constexpr = ROWS * COLUMNS
-    cos, sin, _, _, cos2, sin2 = _matrices(tables_ptr, ROWS, COLUMNS)
+    cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
     twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
     n = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     lag = (distance - num_distances // 2) * block + n
@@ -164,7 +162,7 @@ def _spectrum_kernel(
     negative_imag = dot(sin, past, None, PRECISION)
     negative_imag -= sign * dot(cos, future, None, PRECISION)
     real, imag = _columns_to_frequency(
-        real, negative_imag, twiddle_cos, twiddle_sin, cos2, sin2, dtype=tl.float32, PRECISION=PRECISION
+        real, negative_imag, twiddle_cos, twiddle_sin, cos2, sin2, negative2, tl.float32, PRECISION
     )
     out = out_ptr + (channel * num_distances + distance) * 2 * block + n
     tl.store(out, real * scale)
@@ -180,24 +178,24 @@ def _taps_gradient_kernel(
     channel = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1)  # lags from (first - 1 - num_distances // 2) * block up
     block: tl.constexpr = ROWS * COLUMNS
-    _, _, cos_t, sin_t, cos2, sin2 = _matrices(tables_ptr, ROWS, COLUMNS)
+    cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
     twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
     n = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
     source = spectrum_ptr + (channel * num_distances + first) * 2 * block + n
     if first >= 1:
         out += _to_time(
-            tl.load(source - 2 * block), tl.load(source - block), cos_t, sin_t, twiddle_cos, twiddle_sin, cos2, sin2,
+            tl.load(source - 2 * block), tl.load(source - block), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2,
             rows=ROWS, dtype=tl.float32, PRECISION=PRECISION,
         )  # fmt: skip
     if first < num_distances:
         real, imag = _columns_to_time(
-            tl.load(source), tl.load(source + block), twiddle_cos, twiddle_sin, cos2, sin2,
+            tl.load(source), tl.load(source + block), twiddle_cos, twiddle_sin, cos2, sin2, negative2,
             rows=ROWS, dtype=tl.float32, PRECISION=PRECISION,
         )  # fmt: skip
         sign = tl.where(tl.arange(0, ROWS) % 2 == 0, 1.0, -1.0)[:, None]
-        future = dot(sin_t, sign * real, None, PRECISION)
-        future += dot(cos_t, sign * imag, None, PRECISION)
+        future = dot(tl.trans(sin), sign * real, None, PRECISION)
+        future += dot(tl.trans(cos), sign * imag, None, PRECISION)
         out += tl.where(n > 0, future, 0.0)
     lag = (first - 1 - num_distances // 2) * block + n
     inside = (lag < length) & (lag > -length)
@@ -207,52 +205,55 @@ def _taps_gradient_kernel(
 @triton.jit
 def _forward_kernel(
     projected_ptr, parameters, spectrum_ptr, skip_ptr, input_ptr, residual_spectrum_ptr, residual_skip_ptr,
-    out_ptr, inner_ptr, tables_ptr, twiddle_ptr, channels, batch, length,
+    out_ptr, inner_ptr, tables_ptr, twiddle_ptr, channels, batch, length, num_parts,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both convolutions of SEQUENCES sequences of a channel that fit a block each."""
-    channel = tl.program_id(1).to(tl.int64)
+    """Both convolutions of a part of a channel's sequences, which fit a block each, SEQUENCES at a time."""
+    channel = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     width: tl.constexpr = SEQUENCES * COLUMNS
-    cos, sin, cos_t, sin_t, cos2, sin2 = _matrices(tables_ptr, ROWS, COLUMNS)
-    twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
+    cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
     plane = channels.to(tl.int64) * batch * length
     column = tl.arange(0, width)[None, :]
-    sequence = tl.program_id(0) * SEQUENCES + column // COLUMNS
     position = tl.arange(0, ROWS)[:, None] * COLUMNS + column % COLUMNS
-    valid = (sequence < batch) & (position < length)
-    offset = (channel * batch + sequence) * length + position
-    out = tl.zeros([ROWS, width], tl.float32)
-    if GATED:
-        z = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-        z *= short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
-        real, imag = _to_frequency(
-            z.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, dtype=dtype, PRECISION=PRECISION
-        )
-        k_real, k_imag = _spectrum_tile(spectrum_ptr + channel * 2 * block, ROWS, COLUMNS, SEQUENCES)
-        inner = _to_time(
-            real * k_real - imag * k_imag, real * k_imag + imag * k_real,
-            cos_t, sin_t, twiddle_cos, twiddle_sin, cos2, sin2, rows=ROWS, dtype=dtype, PRECISION=PRECISION,
-        )  # fmt: skip
-        inner += tl.load(skip_ptr + channel) * z
-        if SAVE_INNER:
-            tl.store(inner_ptr + offset, inner.to(dtype), mask=valid)
-        after = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
-        out += inner * after
-    if RESIDUAL:
-        u = tl.load(input_ptr + offset, mask=valid, other=0.0)
-        real, imag = _to_frequency(
-            u, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, dtype=dtype, PRECISION=PRECISION
-        )
-        k_real, k_imag = _spectrum_tile(residual_spectrum_ptr + channel * 2 * block, ROWS, COLUMNS, SEQUENCES)
-        out += _to_time(
-            real * k_real - imag * k_imag, real * k_imag + imag * k_real,
-            cos_t, sin_t, twiddle_cos, twiddle_sin, cos2, sin2, rows=ROWS, dtype=dtype, PRECISION=PRECISION,
-        )  # fmt: skip
-        out += tl.load(residual_skip_ptr + channel) * u.to(tl.float32)
-    tl.store(out_ptr + offset, out.to(dtype), mask=valid)
+    # The matrices stay on the chip through the loop; twiddles and the filter come from the cache.
+    for group in range(part, tl.cdiv(batch, SEQUENCES), num_parts):
+        twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
+        sequence = group * SEQUENCES + column // COLUMNS
+        valid = (sequence < batch) & (position < length)
+        offset = (channel * batch + sequence) * length + position
+        out = tl.zeros([ROWS, width], tl.float32)
+        if GATED:
+            z = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
+            z *= short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
+            real, imag = _to_frequency(
+                z.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype=dtype, PRECISION=PRECISION
+            )
+            k_real, k_imag = _spectrum_tile(spectrum_ptr + channel * 2 * block, ROWS, COLUMNS, SEQUENCES)
+            inner = _to_time(
+                real * k_real - imag * k_imag, real * k_imag + imag * k_real,
+                cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION,
+            )  # fmt: skip
+            inner += tl.load(skip_ptr + channel) * z
+            if SAVE_INNER:
+                tl.store(inner_ptr + offset, inner.to(dtype), mask=valid)
+            after = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
+            out += inner * after
+        if RESIDUAL:
+            u = tl.load(input_ptr + offset, mask=valid, other=0.0)
+            real, imag = _to_frequency(
+                u, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype=dtype, PRECISION=PRECISION
+            )
+            k_real, k_imag = _spectrum_tile(residual_spectrum_ptr + channel * 2 * block, ROWS, COLUMNS, SEQUENCES)
+            out += _to_time(
+                real * k_real - imag * k_imag, real * k_imag + imag * k_real,
+                cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION,
+            )  # fmt: skip
+            out += tl.load(residual_skip_ptr + channel) * u.to(tl.float32)
+        tl.store(out_ptr + offset, out.to(dtype), mask=valid)
 
 
 @triton.jit
@@ -276,8 +277,8 @@ def _backward_kernel(
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     grad_spectrum = grad_spectrum_ptr + (channel * num_parts + part) * 2 * block + tile
     grad_skip = 0.0
+    cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
     for group in range(part, tl.cdiv(batch, SEQUENCES), num_parts):
-        cos, sin, cos_t, sin_t, cos2, sin2 = _matrices(tables_ptr, ROWS, COLUMNS)
         twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
         sequence = group * SEQUENCES + column // COLUMNS
         valid = (sequence < batch) & (position < length)
@@ -295,10 +296,10 @@ def _backward_kernel(
         # From the frequencies, as that of lag 0, this would carry the transforms' rounding, large against a small sum.
         grad_skip += tl.sum(x * grad)
         real, imag = _to_frequency(
-            x.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, dtype=dtype, PRECISION=PRECISION
+            x.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype=dtype, PRECISION=PRECISION
         )
         grad_real, grad_imag = _to_frequency(
-            grad.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, dtype=dtype, PRECISION=PRECISION
+            grad.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype=dtype, PRECISION=PRECISION
         )
         # conj(X) * gradient, summed over the tile's sequences and, in memory that stays in the cache, over the loop.
         product_real = real * grad_real + imag * grad_imag
@@ -316,7 +317,7 @@ def _backward_kernel(
         k_real, k_imag = _spectrum_tile(spectrum_ptr + channel * 2 * block, ROWS, COLUMNS, SEQUENCES)
         grad_x = _to_time(
             grad_real * k_real + grad_imag * k_imag, grad_imag * k_real - grad_real * k_imag,
-            cos_t, sin_t, twiddle_cos, twiddle_sin, cos2, sin2, rows=ROWS, dtype=dtype, PRECISION=PRECISION,
+            cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION,
         )  # fmt: skip
         grad_x += skip * grad
         if GATED:
@@ -337,39 +338,41 @@ def _backward_kernel(
 @triton.jit
 def _blocks_to_frequency_kernel(
     projected_ptr, parameters, input_ptr, grad_ptr, out_ptr, tables_ptr, twiddle_ptr,
-    channels, batch, length, num_blocks,
+    channels, batch, length, num_blocks, num_parts,
     SOURCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transform every block of what SOURCE names: "gate" (first gate * value), "plain" (input or gradient), or
     "gradient" (gradient * last gate)."""
-    sequence = tl.program_id(0)
-    index = tl.program_id(1)
-    channel = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     plane = channels.to(tl.int64) * batch * length
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    position = index * block + tile
-    valid = position < length
-    offset = (channel * batch + sequence) * length + position
-    cos, sin, _, _, cos2, sin2 = _matrices(tables_ptr, ROWS, COLUMNS)
-    twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-    if SOURCE == "gate":
-        x = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-        x *= short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
-        x = x.to(dtype)
-    elif SOURCE == "gradient":
-        x = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
-        x *= tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        x = x.to(dtype)
-    else:
-        x = tl.load(input_ptr + offset, mask=valid, other=0.0)
-    real, imag = _to_frequency(
-        x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, dtype=dtype, PRECISION=PRECISION
-    )
-    out = out_ptr + ((channel * batch + sequence) * num_blocks + index) * 2 * block + tile
-    tl.store(out, real.to(dtype))
-    tl.store(out + block, imag.to(dtype))
+    cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
+    for item in range(part, batch * num_blocks, num_parts):
+        sequence = item // num_blocks
+        index = item % num_blocks
+        twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
+        position = index * block + tile
+        valid = position < length
+        offset = (channel * batch + sequence) * length + position
+        if SOURCE == "gate":
+            x = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
+            x *= short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
+            x = x.to(dtype)
+        elif SOURCE == "gradient":
+            x = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
+            x *= tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+            x = x.to(dtype)
+        else:
+            x = tl.load(input_ptr + offset, mask=valid, other=0.0)
+        real, imag = _to_frequency(
+            x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype=dtype, PRECISION=PRECISION
+        )
+        out = out_ptr + ((channel * batch + sequence) * num_blocks + index) * 2 * block + tile
+        tl.store(out, real.to(dtype))
+        tl.store(out + block, imag.to(dtype))
 
 
 @triton.jit
@@ -398,95 +401,99 @@ def _combine(
 def _blocks_forward_kernel(
     projected_ptr, parameters, blocks_ptr, spectrum_ptr, skip_ptr, input_ptr, residual_blocks_ptr,
     residual_spectrum_ptr, residual_skip_ptr, out_ptr, inner_ptr, tables_ptr, twiddle_ptr,
-    channels, batch, length, num_blocks,
+    channels, batch, length, num_blocks, num_parts,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0)
-    index = tl.program_id(1)
-    channel = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     plane = channels.to(tl.int64) * batch * length
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    position = index * block + tile
-    valid = position < length
-    offset = (channel * batch + sequence) * length + position
-    _, _, cos_t, sin_t, cos2, sin2 = _matrices(tables_ptr, ROWS, COLUMNS)
-    twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-    blocks_offset = (channel * batch + sequence) * num_blocks * 2 * block
-    spectrum_offset = channel * (2 * num_blocks - 1) * 2 * block
-    out = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if GATED:
-        real, imag = _combine(
-            blocks_ptr + blocks_offset, spectrum_ptr + spectrum_offset, tile, index, num_blocks,
-            ADJOINT=False, ROWS=ROWS, COLUMNS=COLUMNS,
-        )  # fmt: skip
-        inner = _to_time(
-            real, imag, cos_t, sin_t, twiddle_cos, twiddle_sin, cos2, sin2, rows=ROWS, dtype=dtype, PRECISION=PRECISION
-        )
-        z = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-        z *= short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
-        inner += tl.load(skip_ptr + channel) * z
-        if SAVE_INNER:
-            tl.store(inner_ptr + offset, inner.to(dtype), mask=valid)
-        after = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
-        out += inner * after
-    if RESIDUAL:
-        real, imag = _combine(
-            residual_blocks_ptr + blocks_offset, residual_spectrum_ptr + spectrum_offset, tile, index, num_blocks,
-            ADJOINT=False, ROWS=ROWS, COLUMNS=COLUMNS,
-        )  # fmt: skip
-        out += _to_time(
-            real, imag, cos_t, sin_t, twiddle_cos, twiddle_sin, cos2, sin2, rows=ROWS, dtype=dtype, PRECISION=PRECISION
-        )
-        u = tl.load(input_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        out += tl.load(residual_skip_ptr + channel) * u
-    tl.store(out_ptr + offset, out.to(dtype), mask=valid)
+    cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
+    for item in range(part, batch * num_blocks, num_parts):
+        sequence = item // num_blocks
+        index = item % num_blocks
+        twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
+        position = index * block + tile
+        valid = position < length
+        offset = (channel * batch + sequence) * length + position
+        blocks_offset = (channel * batch + sequence) * num_blocks * 2 * block
+        spectrum_offset = channel * (2 * num_blocks - 1) * 2 * block
+        out = tl.zeros([ROWS, COLUMNS], tl.float32)
+        if GATED:
+            real, imag = _combine(
+                blocks_ptr + blocks_offset, spectrum_ptr + spectrum_offset, tile, index, num_blocks,
+                ADJOINT=False, ROWS=ROWS, COLUMNS=COLUMNS,
+            )  # fmt: skip
+            inner = _to_time(
+                real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION
+            )
+            z = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
+            z *= short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
+            inner += tl.load(skip_ptr + channel) * z
+            if SAVE_INNER:
+                tl.store(inner_ptr + offset, inner.to(dtype), mask=valid)
+            after = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
+            out += inner * after
+        if RESIDUAL:
+            real, imag = _combine(
+                residual_blocks_ptr + blocks_offset, residual_spectrum_ptr + spectrum_offset, tile, index, num_blocks,
+                ADJOINT=False, ROWS=ROWS, COLUMNS=COLUMNS,
+            )  # fmt: skip
+            out += _to_time(
+                real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION
+            )
+            u = tl.load(input_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+            out += tl.load(residual_skip_ptr + channel) * u
+        tl.store(out_ptr + offset, out.to(dtype), mask=valid)
 
 
 @triton.jit
 def _blocks_backward_kernel(
     projected_ptr, parameters, blocks_ptr, spectrum_ptr, skip_ptr, input_ptr, inner_ptr, grad_ptr,
-    grad_short_ptr, grad_input_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr, channels, batch, length, num_blocks,
+    grad_short_ptr, grad_input_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr, channels, batch, length, num_blocks, num_parts,
     GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0)
-    index = tl.program_id(1)
-    channel = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     plane = channels.to(tl.int64) * batch * length
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    position = index * block + tile
-    valid = position < length
-    offset = (channel * batch + sequence) * length + position
-    _, _, cos_t, sin_t, cos2, sin2 = _matrices(tables_ptr, ROWS, COLUMNS)
-    twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-    real, imag = _combine(
-        blocks_ptr + (channel * batch + sequence) * num_blocks * 2 * block,
-        spectrum_ptr + channel * (2 * num_blocks - 1) * 2 * block, tile, index, num_blocks,
-        ADJOINT=True, ROWS=ROWS, COLUMNS=COLUMNS,
-    )  # fmt: skip
-    grad_x = _to_time(
-        real, imag, cos_t, sin_t, twiddle_cos, twiddle_sin, cos2, sin2, rows=ROWS, dtype=dtype, PRECISION=PRECISION
-    )
-    grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-    skip = tl.load(skip_ptr + channel)
-    if GATED:
-        inner = tl.load(inner_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        tl.store(grad_short_ptr + offset + plane, (grad * inner).to(dtype), mask=valid)
-        grad *= short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
-        grad_x += skip * grad
-        before = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-        value = short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
-        tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=valid)
-        tl.store(grad_short_ptr + offset + 2 * plane, (grad_x * before).to(dtype), mask=valid)
-        x = before * value
-    else:
-        tl.store(grad_input_ptr + offset, (grad_x + skip * grad).to(dtype), mask=valid)
-        x = tl.load(input_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-    tl.store(grad_skip_ptr + (channel * batch + sequence) * num_blocks + index, tl.sum(x * grad))
+    cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
+    for item in range(part, batch * num_blocks, num_parts):
+        sequence = item // num_blocks
+        index = item % num_blocks
+        twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
+        position = index * block + tile
+        valid = position < length
+        offset = (channel * batch + sequence) * length + position
+        real, imag = _combine(
+            blocks_ptr + (channel * batch + sequence) * num_blocks * 2 * block,
+            spectrum_ptr + channel * (2 * num_blocks - 1) * 2 * block, tile, index, num_blocks,
+            ADJOINT=True, ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+        grad_x = _to_time(
+            real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION
+        )
+        grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+        skip = tl.load(skip_ptr + channel)
+        if GATED:
+            inner = tl.load(inner_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+            tl.store(grad_short_ptr + offset + plane, (grad * inner).to(dtype), mask=valid)
+            grad *= short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
+            grad_x += skip * grad
+            before = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
+            value = short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
+            tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=valid)
+            tl.store(grad_short_ptr + offset + 2 * plane, (grad_x * before).to(dtype), mask=valid)
+            x = before * value
+        else:
+            tl.store(grad_input_ptr + offset, (grad_x + skip * grad).to(dtype), mask=valid)
+            x = tl.load(input_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+        tl.store(grad_skip_ptr + (channel * batch + sequence) * num_blocks + index, tl.sum(x * grad))
 
 
 @triton.jit
@@ -521,7 +528,7 @@ def _blocks_spectrum_gradient_kernel(
 
 @functools.lru_cache(maxsize=64)
 def _tables(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the matrices (cos, sin of rows; cos, sin of columns), scaled to keep norms, and the twiddle's cos, sin."""
+    """Return the matrices (cos, sin of rows; cos, sin, -sin of columns), scaled to keep norms, and the twiddle's cos, sin."""
     rows, columns = FACTORS[block]
     k1 = torch.arange(rows, dtype=torch.float64)[:, None] + 0.5
     n1 = torch.arange(rows, dtype=torch.float64)[None, :]
@@ -531,8 +538,8 @@ def _tables(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     twiddle = math.pi * k1 * k2[None, :] / block
     matrices = torch.cat(
         [
-            *(part(first).flatten() / math.sqrt(rows) for part in (torch.cos, torch.sin)),
-            *(part(second).flatten() / math.sqrt(columns) for part in (torch.cos, torch.sin)),
+            *(part.flatten() / math.sqrt(rows) for part in (first.cos(), first.sin())),
+            *(part.flatten() / math.sqrt(columns) for part in (second.cos(), second.sin(), -second.sin())),
         ]
     )
     turns = torch.cat([twiddle.cos().flatten(), twiddle.sin().flatten()])
@@ -597,6 +604,10 @@ def _sequences(batch: int, block: int, direction: str) -> int:
     return max(1, min(TILE[direction] // block, triton.next_power_of_2(batch)))
 
 
+def _block_parts(channels: int, items: int) -> int:
+    return max(1, min(items, PROGRAMS["blocks"] // channels))
+
+
 def forward(
     gated: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     residual: tuple[Tensor, Tensor, Tensor] | None,
@@ -618,18 +629,20 @@ def forward(
     switches = {"GATED": gated is not None, "RESIDUAL": residual is not None, "SAVE_INNER": inner is not None}
     if num_blocks == 1:
         sequences = _sequences(batch, block, "forward")
-        _forward_kernel[(triton.cdiv(batch, sequences), channels)](
+        num_parts = max(1, min(triton.cdiv(batch, sequences), PROGRAMS["forward"] // channels))
+        _forward_kernel[(channels, num_parts)](
             projected, parameters, filter_spectrum, skip, x, residual_spectrum, residual_skip, out, inner,
-            tables, twiddle, channels, batch, length,
+            tables, twiddle, channels, batch, length, num_parts,
             **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, PRECISION=precision,
             num_warps=WARPS["forward"], num_stages=1,
         )  # fmt: skip
         return out, inner
+    num_parts = _block_parts(channels, batch * num_blocks)
     blocks = _blocks_to_frequency("gate", gated, None, num_blocks, either) if gated else None
     residual_blocks = _blocks_to_frequency("plain", None, x, num_blocks, either) if residual else None
-    _blocks_forward_kernel[(batch, num_blocks, channels)](
+    _blocks_forward_kernel[(channels, num_parts)](
         projected, parameters, blocks, filter_spectrum, skip, x, residual_blocks, residual_spectrum, residual_skip,
-        out, inner, tables, twiddle, channels, batch, length, num_blocks,
+        out, inner, tables, twiddle, channels, batch, length, num_blocks, num_parts,
         **switches, ROWS=rows, COLUMNS=columns, PRECISION=precision, num_warps=WARPS["blocks"], num_stages=1,
     )  # fmt: skip
     return out, inner
@@ -650,9 +663,10 @@ def _blocks_to_frequency(
     rows, columns = like_spectrum.shape[-2:]
     batch, length = like.shape[1:]
     tables, twiddle = _tables(rows * columns, like.dtype, like.device)
+    num_parts = _block_parts(channels, batch * num_blocks)
     out = empty(channels, batch, num_blocks, 2, rows, columns, dtype=like.dtype, device=like.device)
-    _blocks_to_frequency_kernel[(batch, num_blocks, channels)](
-        projected, parameters, x, x, out, tables, twiddle, channels, batch, length, num_blocks,
+    _blocks_to_frequency_kernel[(channels, num_parts)](
+        projected, parameters, x, x, out, tables, twiddle, channels, batch, length, num_blocks, num_parts,
         SOURCE=source, ROWS=rows, COLUMNS=columns, PRECISION=dot_precision(like.dtype), num_warps=WARPS["blocks"], num_stages=1,
     )  # fmt: skip
     return out
@@ -696,7 +710,7 @@ def _convolution_backward(
     grad_short, grad_input = (out, None) if gated else (None, out)
     if num_blocks == 1:
         sequences = _sequences(batch, block, "backward")
-        num_parts = max(1, min(triton.cdiv(batch, sequences), 512 // channels))
+        num_parts = max(1, min(triton.cdiv(batch, sequences), PROGRAMS["backward"] // channels))
         grad_spectrum = empty(channels, num_parts, 1, 2, rows, columns, dtype=torch.float32, device=grad.device)
         grad_skip = empty(channels, num_parts, dtype=torch.float32, device=grad.device)
         _backward_kernel[(channels, num_parts)](
@@ -706,12 +720,13 @@ def _convolution_backward(
             num_warps=WARPS["backward"], num_stages=1,
         )  # fmt: skip
         return out, grad_spectrum.sum(1), grad_skip.sum(1)
+    num_parts = _block_parts(channels, batch * num_blocks)
     blocks = _blocks_to_frequency("gate" if gated else "plain", gated, x, num_blocks, filter_spectrum)
     grad_blocks = _blocks_to_frequency("gradient" if gated else "plain", gated, grad, num_blocks, filter_spectrum)
     grad_skip = empty(channels, batch * num_blocks, dtype=torch.float32, device=grad.device)
-    _blocks_backward_kernel[(batch, num_blocks, channels)](
+    _blocks_backward_kernel[(channels, num_parts)](
         projected, parameters, grad_blocks, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_skip,
-        tables, twiddle, channels, batch, length, num_blocks,
+        tables, twiddle, channels, batch, length, num_blocks, num_parts,
         GATED=gated is not None, ROWS=rows, COLUMNS=columns, PRECISION=precision, num_warps=WARPS["blocks"], num_stages=1,
     )  # fmt: skip
     grad_spectrum = empty(channels, num_distances, 2, rows, columns, dtype=torch.float32, device=grad.device)
