@@ -46,6 +46,7 @@ MAX_BLOCK = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 8192}
 TILE = {"forward": 8192, "backward": 8192}
 WARPS = {"forward": 8, "backward": 8, "blocks": 8}
 # The batch is split where that makes at most so many programs.
+KEEP = {"forward": 0, "backward": 0}
 PROGRAMS = {"forward": 1536, "backward": 1536, "blocks": 3072}
 
 
@@ -105,13 +106,13 @@ def _to_time(
     real, imag = _columns_to_time(
         real, imag, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=rows, dtype=dtype, PRECISION=PRECISION
     )
-    out = dot(tl.trans(cos), real.to(dtype), None, PRECISION)
-    return dot(tl.trans(sin), (-imag).to(dtype), out, PRECISION)
+    out = dot(cos, real.to(dtype), None, PRECISION)
+    return dot(sin, (-imag).to(dtype), out, PRECISION)
 
 
 @triton.jit
 def _matrices(tables_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load cos and sin of the first factor; of the second, which is symmetric, cos, sin and -sin."""
+    """Load cos and sin of the first factor, and cos, sin and -sin of the second; all are symmetric."""
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
     first = tables_ptr + r[:, None] * ROWS + r[None, :]
@@ -133,10 +134,12 @@ def _twiddles(twiddle_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def _spectrum_tile(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr):
-    """Load a filter's transform (2, ROWS, COLUMNS), each row once for each sequence of a tile."""
+def _filter_tile(ptr, skip_ptr, channel, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr):
+    """Load a channel's transform (2, ROWS, COLUMNS) with its skip weight, each row once for each sequence of a tile."""
+    ptr += channel * 2 * ROWS * COLUMNS
     index = (tl.arange(0, ROWS * SEQUENCES) // SEQUENCES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return tl.load(ptr + index).to(tl.float32), tl.load(ptr + ROWS * COLUMNS + index).to(tl.float32)
+    real = tl.load(ptr + index).to(tl.float32) + tl.load(skip_ptr + channel)
+    return real, tl.load(ptr + ROWS * COLUMNS + index).to(tl.float32)
 
 
 @triton.jit
@@ -194,8 +197,8 @@ def _taps_gradient_kernel(
             rows=ROWS, dtype=tl.float32, PRECISION=PRECISION,
         )  # fmt: skip
         sign = tl.where(tl.arange(0, ROWS) % 2 == 0, 1.0, -1.0)[:, None]
-        future = dot(tl.trans(sin), sign * real, None, PRECISION)
-        future += dot(tl.trans(cos), sign * imag, None, PRECISION)
+        future = dot(sin, sign * real, None, PRECISION)
+        future += dot(cos, sign * imag, None, PRECISION)
         out += tl.where(n > 0, future, 0.0)
     lag = (first - 1 - num_distances // 2) * block + n
     inside = (lag < length) & (lag > -length)
@@ -203,11 +206,35 @@ def _taps_gradient_kernel(
 
 
 @triton.jit
+def _stream(
+    projected_ptr, which, channel, channels, offset, position, valid, length, plane, parameters
+):
+    """Return the short convolution of one of the three projected streams at runs of eight positions."""
+    # Added one by one: twice the plane may not fit the integer the plane came in.
+    if which >= 1:
+        offset += plane
+    if which == 2:
+        offset += plane
+    return short_convolve(
+        projected_ptr, offset, position, valid, length, parameters, channel + which * channels
+    )
+
+
+@triton.jit
+def _places(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, STEP: tl.constexpr):
+    """Return sequence and position of every STEP-th element of a tile whose sequences start at `first`."""
+    per_sequence: tl.constexpr = COLUMNS // STEP
+    column = tl.arange(0, SEQUENCES * per_sequence)[None, :]
+    position = tl.arange(0, ROWS)[:, None] * COLUMNS + column % per_sequence * STEP
+    return first + column // per_sequence, position
+
+
+@triton.jit
 def _forward_kernel(
     projected_ptr, parameters, spectrum_ptr, skip_ptr, input_ptr, residual_spectrum_ptr, residual_skip_ptr,
-    out_ptr, inner_ptr, tables_ptr, twiddle_ptr, channels, batch, length, num_parts,
+    out_ptr, inner_ptr, tables_ptr, twiddle_ptr, channels, batch, length, plane, num_parts,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both convolutions of a part of a channel's sequences, which fit a block each, SEQUENCES at a time."""
     channel = tl.program_id(0).to(tl.int64)
@@ -215,44 +242,61 @@ def _forward_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     width: tl.constexpr = SEQUENCES * COLUMNS
+    # The matrices stay on the chip through the loop. Twiddles and filters do where KEEP says so; else they come from
+    # the cache each time, and leave room for more programs.
     cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
-    plane = channels.to(tl.int64) * batch * length
-    column = tl.arange(0, width)[None, :]
-    position = tl.arange(0, ROWS)[:, None] * COLUMNS + column % COLUMNS
-    # The matrices stay on the chip through the loop; twiddles and the filter come from the cache.
-    for group in range(part, tl.cdiv(batch, SEQUENCES), num_parts):
+    if KEEP >= 1:
         twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
-        sequence = group * SEQUENCES + column // COLUMNS
+    if KEEP >= 2:
+        if GATED:
+            k_real, k_imag = _filter_tile(spectrum_ptr, skip_ptr, channel, ROWS, COLUMNS, SEQUENCES)
+        if RESIDUAL:
+            r_real, r_imag = _filter_tile(residual_spectrum_ptr, residual_skip_ptr, channel, ROWS, COLUMNS, SEQUENCES)
+    for group in range(part, tl.cdiv(batch, SEQUENCES), num_parts):
+        if KEEP < 1:
+            twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
+        sequence, position = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 1)
         valid = (sequence < batch) & (position < length)
         offset = (channel * batch + sequence) * length + position
         out = tl.zeros([ROWS, width], tl.float32)
         if GATED:
-            z = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-            z *= short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
-            real, imag = _to_frequency(
-                z.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype=dtype, PRECISION=PRECISION
+            run_sequence, run = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 8)
+            run_valid = run_sequence < batch
+            run_offset = (channel * batch + run_sequence) * length + run
+            z = _stream(
+                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, plane, parameters
             )
-            k_real, k_imag = _spectrum_tile(spectrum_ptr + channel * 2 * block, ROWS, COLUMNS, SEQUENCES)
+            z *= _stream(
+                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, plane, parameters
+            )
+            real, imag = _to_frequency(
+                z.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
+            )
+            if KEEP < 2:
+                k_real, k_imag = _filter_tile(spectrum_ptr, skip_ptr, channel, ROWS, COLUMNS, SEQUENCES)
             inner = _to_time(
                 real * k_real - imag * k_imag, real * k_imag + imag * k_real,
-                cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION,
+                cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION,
             )  # fmt: skip
-            inner += tl.load(skip_ptr + channel) * z
             if SAVE_INNER:
                 tl.store(inner_ptr + offset, inner.to(dtype), mask=valid)
-            after = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
+            after = _stream(
+                projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, plane, parameters
+            )
             out += inner * after
         if RESIDUAL:
             u = tl.load(input_ptr + offset, mask=valid, other=0.0)
             real, imag = _to_frequency(
-                u, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype=dtype, PRECISION=PRECISION
+                u, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
             )
-            k_real, k_imag = _spectrum_tile(residual_spectrum_ptr + channel * 2 * block, ROWS, COLUMNS, SEQUENCES)
+            if KEEP < 2:
+                r_real, r_imag = _filter_tile(
+                    residual_spectrum_ptr, residual_skip_ptr, channel, ROWS, COLUMNS, SEQUENCES
+                )
             out += _to_time(
-                real * k_real - imag * k_imag, real * k_imag + imag * k_real,
-                cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION,
+                real * r_real - imag * r_imag, real * r_imag + imag * r_real,
+                cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION,
             )  # fmt: skip
-            out += tl.load(residual_skip_ptr + channel) * u.to(tl.float32)
         tl.store(out_ptr + offset, out.to(dtype), mask=valid)
 
 
@@ -260,9 +304,9 @@ def _forward_kernel(
 def _backward_kernel(
     projected_ptr, parameters, spectrum_ptr, skip_ptr, input_ptr, inner_ptr, grad_ptr,
     grad_short_ptr, grad_input_ptr, grad_spectrum_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr,
-    channels, batch, length, num_parts,
+    channels, batch, length, plane, num_parts,
     GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one of the two convolutions: of its input (or its gates), and of its transform over a part's batch."""
     channel = tl.program_id(0).to(tl.int64)
@@ -270,36 +314,46 @@ def _backward_kernel(
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     width: tl.constexpr = SEQUENCES * COLUMNS
-    plane = channels.to(tl.int64) * batch * length
-    column = tl.arange(0, width)[None, :]
-    position = tl.arange(0, ROWS)[:, None] * COLUMNS + column % COLUMNS
-    skip = tl.load(skip_ptr + channel)
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     grad_spectrum = grad_spectrum_ptr + (channel * num_parts + part) * 2 * block + tile
     grad_skip = 0.0
     cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
-    for group in range(part, tl.cdiv(batch, SEQUENCES), num_parts):
+    if KEEP >= 1:
         twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
-        sequence = group * SEQUENCES + column // COLUMNS
+    if KEEP >= 2:
+        k_real, k_imag = _filter_tile(spectrum_ptr, skip_ptr, channel, ROWS, COLUMNS, SEQUENCES)
+    for group in range(part, tl.cdiv(batch, SEQUENCES), num_parts):
+        if KEEP < 1:
+            twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
+        sequence, position = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 1)
         valid = (sequence < batch) & (position < length)
         offset = (channel * batch + sequence) * length + position
+        run_sequence, run = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 8)
+        run_valid = run_sequence < batch
+        run_offset = (channel * batch + run_sequence) * length + run
+        grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         if GATED:
-            grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
             inner = tl.load(inner_ptr + offset, mask=valid, other=0.0).to(tl.float32)
             tl.store(grad_short_ptr + offset + plane, (grad * inner).to(dtype), mask=valid)
-            grad *= short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
-            x = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-            x *= short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
+            grad *= _stream(
+                projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, plane, parameters
+            )
+            before = _stream(
+                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, plane, parameters
+            )
+            value = _stream(
+                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, plane, parameters
+            )
+            x = before * value
         else:
-            grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
             x = tl.load(input_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         # From the frequencies, as that of lag 0, this would carry the transforms' rounding, large against a small sum.
         grad_skip += tl.sum(x * grad)
         real, imag = _to_frequency(
-            x.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype=dtype, PRECISION=PRECISION
+            x.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
         )
         grad_real, grad_imag = _to_frequency(
-            grad.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype=dtype, PRECISION=PRECISION
+            grad.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
         )
         # conj(X) * gradient, summed over the tile's sequences and, in memory that stays in the cache, over the loop.
         product_real = real * grad_real + imag * grad_imag
@@ -314,19 +368,15 @@ def _backward_kernel(
         tl.store(grad_spectrum, product_real)
         tl.store(grad_spectrum + block, product_imag)
         tl.debug_barrier()
-        k_real, k_imag = _spectrum_tile(spectrum_ptr + channel * 2 * block, ROWS, COLUMNS, SEQUENCES)
+        if KEEP < 2:
+            k_real, k_imag = _filter_tile(spectrum_ptr, skip_ptr, channel, ROWS, COLUMNS, SEQUENCES)
         grad_x = _to_time(
             grad_real * k_real + grad_imag * k_imag, grad_imag * k_real - grad_real * k_imag,
-            cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION,
+            cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION,
         )  # fmt: skip
-        grad_x += skip * grad
         if GATED:
-            before = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-            value = short_convolve(
-                projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels
-            )
             tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=valid)
-            tl.store(grad_short_ptr + offset + 2 * plane, (grad_x * before).to(dtype), mask=valid)
+            tl.store(grad_short_ptr + offset + plane + plane, (grad_x * before).to(dtype), mask=valid)
         else:
             tl.store(grad_input_ptr + offset, grad_x.to(dtype), mask=valid)
     tl.store(grad_skip_ptr + channel * num_parts + part, grad_skip)
@@ -338,7 +388,7 @@ def _backward_kernel(
 @triton.jit
 def _blocks_to_frequency_kernel(
     projected_ptr, parameters, input_ptr, grad_ptr, out_ptr, tables_ptr, twiddle_ptr,
-    channels, batch, length, num_blocks, num_parts,
+    channels, batch, length, plane, num_blocks, num_parts,
     SOURCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transform every block of what SOURCE names: "gate" (first gate * value), "plain" (input or gradient), or
@@ -347,49 +397,56 @@ def _blocks_to_frequency_kernel(
     part = tl.program_id(1)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
-    plane = channels.to(tl.int64) * batch * length
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
     for item in range(part, batch * num_blocks, num_parts):
         sequence = item // num_blocks
-        index = item % num_blocks
+        begin = item % num_blocks * block
         twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-        position = index * block + tile
-        valid = position < length
-        offset = (channel * batch + sequence) * length + position
+        start = (channel * batch + sequence) * length
+        _, run = _places(0, ROWS, COLUMNS, 1, 8)
+        run += begin
+        valid = run < length
+        offset = start + begin + tile
+        inside = begin + tile < length
         if SOURCE == "gate":
-            x = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-            x *= short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
+            x = _stream(projected_ptr, 0, channel, channels, start + run, run, valid, length, plane, parameters)
+            x *= _stream(projected_ptr, 2, channel, channels, start + run, run, valid, length, plane, parameters)
             x = x.to(dtype)
         elif SOURCE == "gradient":
-            x = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
-            x *= tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+            x = _stream(projected_ptr, 1, channel, channels, start + run, run, valid, length, plane, parameters)
+            x *= tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             x = x.to(dtype)
         else:
-            x = tl.load(input_ptr + offset, mask=valid, other=0.0)
+            x = tl.load(input_ptr + offset, mask=inside, other=0.0)
         real, imag = _to_frequency(
-            x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype=dtype, PRECISION=PRECISION
+            x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
         )
-        out = out_ptr + ((channel * batch + sequence) * num_blocks + index) * 2 * block + tile
+        out = out_ptr + ((channel * batch + sequence) * num_blocks * 2 + item % num_blocks * 2) * block + tile
         tl.store(out, real.to(dtype))
         tl.store(out + block, imag.to(dtype))
 
 
 @triton.jit
 def _combine(
-    blocks_ptr, spectrum_ptr, tile, index, num_blocks,
+    blocks_ptr, spectrum_ptr, skip_ptr, channel, sequence, index, batch, num_blocks,
     ADJOINT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sum over a sequence's blocks their transforms times the filter's at the distance to block `index`."""
     block: tl.constexpr = ROWS * COLUMNS
+    tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    blocks = blocks_ptr + (channel * batch + sequence) * num_blocks * 2 * block + tile
+    filters = spectrum_ptr + channel * (2 * num_blocks - 1) * 2 * block + tile
+    skip = tl.load(skip_ptr + channel)
     real = tl.zeros([ROWS, COLUMNS], tl.float32)
     imag = tl.zeros([ROWS, COLUMNS], tl.float32)
     for source in range(num_blocks):
         distance = source - index if ADJOINT else index - source
-        x_ptr = blocks_ptr + source * 2 * block + tile
-        k_ptr = spectrum_ptr + (distance + num_blocks - 1) * 2 * block + tile
+        x_ptr = blocks + source * 2 * block
+        k_ptr = filters + (distance + num_blocks - 1) * 2 * block
         x_real, x_imag = tl.load(x_ptr).to(tl.float32), tl.load(x_ptr + block).to(tl.float32)
-        k_real, k_imag = tl.load(k_ptr), tl.load(k_ptr + block)
+        k_real, k_imag = tl.load(k_ptr).to(tl.float32), tl.load(k_ptr + block).to(tl.float32)
+        k_real += tl.where(distance == 0, skip, 0.0)
         if ADJOINT:
             k_imag = -k_imag
         real += x_real * k_real - x_imag * k_imag
@@ -399,9 +456,9 @@ def _combine(
 
 @triton.jit
 def _blocks_forward_kernel(
-    projected_ptr, parameters, blocks_ptr, spectrum_ptr, skip_ptr, input_ptr, residual_blocks_ptr,
+    projected_ptr, parameters, blocks_ptr, spectrum_ptr, skip_ptr, residual_blocks_ptr,
     residual_spectrum_ptr, residual_skip_ptr, out_ptr, inner_ptr, tables_ptr, twiddle_ptr,
-    channels, batch, length, num_blocks, num_parts,
+    channels, batch, length, plane, num_blocks, num_parts,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -409,91 +466,87 @@ def _blocks_forward_kernel(
     part = tl.program_id(1)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
-    plane = channels.to(tl.int64) * batch * length
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
     for item in range(part, batch * num_blocks, num_parts):
         sequence = item // num_blocks
         index = item % num_blocks
         twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-        position = index * block + tile
-        valid = position < length
-        offset = (channel * batch + sequence) * length + position
-        blocks_offset = (channel * batch + sequence) * num_blocks * 2 * block
-        spectrum_offset = channel * (2 * num_blocks - 1) * 2 * block
+        start = (channel * batch + sequence) * length
+        offset = start + index * block + tile
+        inside = index * block + tile < length
         out = tl.zeros([ROWS, COLUMNS], tl.float32)
         if GATED:
             real, imag = _combine(
-                blocks_ptr + blocks_offset, spectrum_ptr + spectrum_offset, tile, index, num_blocks,
-                ADJOINT=False, ROWS=ROWS, COLUMNS=COLUMNS,
-            )  # fmt: skip
-            inner = _to_time(
-                real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION
+                blocks_ptr, spectrum_ptr, skip_ptr, channel, sequence, index, batch, num_blocks, False, ROWS, COLUMNS
             )
-            z = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-            z *= short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
-            inner += tl.load(skip_ptr + channel) * z
+            inner = _to_time(
+                real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION
+            )
             if SAVE_INNER:
-                tl.store(inner_ptr + offset, inner.to(dtype), mask=valid)
-            after = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
+                tl.store(inner_ptr + offset, inner.to(dtype), mask=inside)
+            _, run = _places(0, ROWS, COLUMNS, 1, 8)
+            run += index * block
+            after = _stream(
+                projected_ptr, 1, channel, channels, start + run, run, run < length, length, plane, parameters
+            )
             out += inner * after
         if RESIDUAL:
             real, imag = _combine(
-                residual_blocks_ptr + blocks_offset, residual_spectrum_ptr + spectrum_offset, tile, index, num_blocks,
-                ADJOINT=False, ROWS=ROWS, COLUMNS=COLUMNS,
+                residual_blocks_ptr, residual_spectrum_ptr, residual_skip_ptr, channel, sequence, index, batch,
+                num_blocks, False, ROWS, COLUMNS,
             )  # fmt: skip
             out += _to_time(
-                real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION
+                real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION
             )
-            u = tl.load(input_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-            out += tl.load(residual_skip_ptr + channel) * u
-        tl.store(out_ptr + offset, out.to(dtype), mask=valid)
+        tl.store(out_ptr + offset, out.to(dtype), mask=inside)
 
 
 @triton.jit
 def _blocks_backward_kernel(
     projected_ptr, parameters, blocks_ptr, spectrum_ptr, skip_ptr, input_ptr, inner_ptr, grad_ptr,
-    grad_short_ptr, grad_input_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr, channels, batch, length, num_blocks, num_parts,
+    grad_short_ptr, grad_input_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr,
+    channels, batch, length, plane, num_blocks, num_parts,
     GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
-    plane = channels.to(tl.int64) * batch * length
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
+    grad_skip = 0.0
     for item in range(part, batch * num_blocks, num_parts):
         sequence = item // num_blocks
         index = item % num_blocks
         twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-        position = index * block + tile
-        valid = position < length
-        offset = (channel * batch + sequence) * length + position
+        start = (channel * batch + sequence) * length
+        offset = start + index * block + tile
+        inside = index * block + tile < length
         real, imag = _combine(
-            blocks_ptr + (channel * batch + sequence) * num_blocks * 2 * block,
-            spectrum_ptr + channel * (2 * num_blocks - 1) * 2 * block, tile, index, num_blocks,
-            ADJOINT=True, ROWS=ROWS, COLUMNS=COLUMNS,
-        )  # fmt: skip
-        grad_x = _to_time(
-            real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=ROWS, dtype=dtype, PRECISION=PRECISION
+            blocks_ptr, spectrum_ptr, skip_ptr, channel, sequence, index, batch, num_blocks, True, ROWS, COLUMNS
         )
-        grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        skip = tl.load(skip_ptr + channel)
+        grad_x = _to_time(
+            real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION
+        )
+        grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            inner = tl.load(inner_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-            tl.store(grad_short_ptr + offset + plane, (grad * inner).to(dtype), mask=valid)
-            grad *= short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
-            grad_x += skip * grad
-            before = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-            value = short_convolve(projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels)
-            tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=valid)
-            tl.store(grad_short_ptr + offset + 2 * plane, (grad_x * before).to(dtype), mask=valid)
+            inner = tl.load(inner_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_short_ptr + offset + plane, (grad * inner).to(dtype), mask=inside)
+            _, run = _places(0, ROWS, COLUMNS, 1, 8)
+            run += index * block
+            valid = run < length
+            grad *= _stream(projected_ptr, 1, channel, channels, start + run, run, valid, length, plane, parameters)
+            before = _stream(projected_ptr, 0, channel, channels, start + run, run, valid, length, plane, parameters)
+            value = _stream(projected_ptr, 2, channel, channels, start + run, run, valid, length, plane, parameters)
+            tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=inside)
+            tl.store(grad_short_ptr + offset + plane + plane, (grad_x * before).to(dtype), mask=inside)
             x = before * value
         else:
-            tl.store(grad_input_ptr + offset, (grad_x + skip * grad).to(dtype), mask=valid)
-            x = tl.load(input_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        tl.store(grad_skip_ptr + (channel * batch + sequence) * num_blocks + index, tl.sum(x * grad))
+            tl.store(grad_input_ptr + offset, grad_x.to(dtype), mask=inside)
+            x = tl.load(input_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        grad_skip += tl.sum(x * grad)
+    tl.store(grad_skip_ptr + channel * num_parts + part, grad_skip)
 
 
 @triton.jit
@@ -531,11 +584,11 @@ def _tables(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     """Return the matrices (cos, sin of rows; cos, sin, -sin of columns), scaled to keep norms, and the twiddle's cos, sin."""
     rows, columns = FACTORS[block]
     k1 = torch.arange(rows, dtype=torch.float64)[:, None] + 0.5
-    n1 = torch.arange(rows, dtype=torch.float64)[None, :]
-    first = math.pi * k1 * n1 / rows
+    # Counting time from half a step earlier makes the matrix symmetric; the twiddle takes the difference.
+    first = math.pi * k1 * k1.t() / rows
     k2 = torch.arange(columns, dtype=torch.float64)
     second = 2 * math.pi * (k2[:, None] * k2[None, :] % columns) / columns
-    twiddle = math.pi * k1 * k2[None, :] / block
+    twiddle = math.pi * k1 * (k2[None, :] / block - 0.5 / rows)
     matrices = torch.cat(
         [
             *(part.flatten() / math.sqrt(rows) for part in (first.cos(), first.sin())),
@@ -632,8 +685,8 @@ def forward(
         num_parts = max(1, min(triton.cdiv(batch, sequences), PROGRAMS["forward"] // channels))
         _forward_kernel[(channels, num_parts)](
             projected, parameters, filter_spectrum, skip, x, residual_spectrum, residual_skip, out, inner,
-            tables, twiddle, channels, batch, length, num_parts,
-            **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, PRECISION=precision,
+            tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
+            **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=KEEP["forward"], PRECISION=precision,
             num_warps=WARPS["forward"], num_stages=1,
         )  # fmt: skip
         return out, inner
@@ -641,8 +694,8 @@ def forward(
     blocks = _blocks_to_frequency("gate", gated, None, num_blocks, either) if gated else None
     residual_blocks = _blocks_to_frequency("plain", None, x, num_blocks, either) if residual else None
     _blocks_forward_kernel[(channels, num_parts)](
-        projected, parameters, blocks, filter_spectrum, skip, x, residual_blocks, residual_spectrum, residual_skip,
-        out, inner, tables, twiddle, channels, batch, length, num_blocks, num_parts,
+        projected, parameters, blocks, filter_spectrum, skip, residual_blocks, residual_spectrum, residual_skip,
+        out, inner, tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
         **switches, ROWS=rows, COLUMNS=columns, PRECISION=precision, num_warps=WARPS["blocks"], num_stages=1,
     )  # fmt: skip
     return out, inner
@@ -666,7 +719,7 @@ def _blocks_to_frequency(
     num_parts = _block_parts(channels, batch * num_blocks)
     out = empty(channels, batch, num_blocks, 2, rows, columns, dtype=like.dtype, device=like.device)
     _blocks_to_frequency_kernel[(channels, num_parts)](
-        projected, parameters, x, x, out, tables, twiddle, channels, batch, length, num_blocks, num_parts,
+        projected, parameters, x, x, out, tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
         SOURCE=source, ROWS=rows, COLUMNS=columns, PRECISION=dot_precision(like.dtype), num_warps=WARPS["blocks"], num_stages=1,
     )  # fmt: skip
     return out
@@ -715,18 +768,18 @@ def _convolution_backward(
         grad_skip = empty(channels, num_parts, dtype=torch.float32, device=grad.device)
         _backward_kernel[(channels, num_parts)](
             projected, parameters, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_spectrum,
-            grad_skip, tables, twiddle, channels, batch, length, num_parts,
-            GATED=gated is not None, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, PRECISION=precision,
-            num_warps=WARPS["backward"], num_stages=1,
+            grad_skip, tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
+            GATED=gated is not None, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=KEEP["backward"],
+            PRECISION=precision, num_warps=WARPS["backward"], num_stages=1,
         )  # fmt: skip
         return out, grad_spectrum.sum(1), grad_skip.sum(1)
     num_parts = _block_parts(channels, batch * num_blocks)
     blocks = _blocks_to_frequency("gate" if gated else "plain", gated, x, num_blocks, filter_spectrum)
     grad_blocks = _blocks_to_frequency("gradient" if gated else "plain", gated, grad, num_blocks, filter_spectrum)
-    grad_skip = empty(channels, batch * num_blocks, dtype=torch.float32, device=grad.device)
+    grad_skip = empty(channels, num_parts, dtype=torch.float32, device=grad.device)
     _blocks_backward_kernel[(channels, num_parts)](
         projected, parameters, grad_blocks, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_skip,
-        tables, twiddle, channels, batch, length, num_blocks, num_parts,
+        tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
         GATED=gated is not None, ROWS=rows, COLUMNS=columns, PRECISION=precision, num_warps=WARPS["blocks"], num_stages=1,
     )  # fmt: skip
     grad_spectrum = empty(channels, num_distances, 2, rows, columns, dtype=torch.float32, device=grad.device)

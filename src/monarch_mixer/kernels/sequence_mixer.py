@@ -260,13 +260,17 @@ def _(projected, parameters, gated_tensors, skip, x, residual_tensors, residual_
 
 
 def _cached_operand(tensors: Sequence[Tensor], length: int, dtype: torch.dtype, frequency_scale: float) -> Tensor:
-    capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing and any(t.requires_grad for t in tensors):
-        return operand(two_sided_taps([tensors], length, frequency_scale)[0], dtype)
+    def make() -> Tensor:
+        made = operand(two_sided_taps([tensors], length, frequency_scale)[0], dtype)
+        # Without a gradient to carry, a transform is worth no more than the products' own precision.
+        return made if made.ndim == 2 else made.to(dtype)
+
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing() and any(t.requires_grad for t in tensors):
+        return make()
     # In-place updates raise a tensor's version, replacements change its address.
     key = (length, dtype, frequency_scale, tuple((t.data_ptr(), t._version) for t in tensors))
     found = _operands.get(tensors[0])
     if found is None or found[0] != key:
-        found = (key, operand(two_sided_taps([tensors], length, frequency_scale)[0], dtype))
+        found = (key, make())
         _operands[tensors[0]] = found
     return found[1]

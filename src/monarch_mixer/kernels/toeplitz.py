@@ -24,20 +24,23 @@ WARPS = {"forward": 8, "backward": 8}
 
 
 @triton.jit
-def _toeplitz_tile(taps_ptr, channel, length, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """Return T[s, t] (or its transpose) of a channel, (BLOCK, BLOCK), zero outside the length."""
+def _toeplitz_tile(
+    taps_ptr, skip_ptr, channel, length, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr
+):
+    """Return T[s, t] (or its transpose) of a channel, with its skip weight at lag 0, zero outside the length."""
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     lag = row - column if TRANSPOSED else column - row
     inside = (row < length) & (column < length)
     base = taps_ptr + channel * (2 * length - 1) + length - 1
-    return tl.load(base + lag, mask=inside, other=0.0).to(dtype)
+    taps = tl.load(base + lag, mask=inside, other=0.0)
+    return tl.where((lag == 0) & inside, taps + tl.load(skip_ptr + channel), taps).to(dtype)
 
 
 @triton.jit
 def _forward_kernel(
     projected_ptr, parameters, taps_ptr, skip_ptr, input_ptr, residual_taps_ptr, residual_skip_ptr, out_ptr, inner_ptr,
-    channels, batch, length, num_parts,
+    channels, batch, length, plane, num_parts,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -45,41 +48,41 @@ def _forward_kernel(
     part = tl.program_id(1)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     position = tl.arange(0, BLOCK)[None, :]
-    plane = channels.to(tl.int64) * batch * length
     if GATED:
-        matrix = _toeplitz_tile(taps_ptr, channel, length, False, BLOCK, dtype)
-        skip = tl.load(skip_ptr + channel)
+        matrix = _toeplitz_tile(taps_ptr, skip_ptr, channel, length, False, BLOCK, dtype)
     if RESIDUAL:
-        residual_matrix = _toeplitz_tile(residual_taps_ptr, channel, length, False, BLOCK, dtype)
-        residual_skip = tl.load(residual_skip_ptr + channel)
+        residual_matrix = _toeplitz_tile(residual_taps_ptr, residual_skip_ptr, channel, length, False, BLOCK, dtype)
+    row = tl.arange(0, ROWS)[:, None]
+    run = tl.arange(0, BLOCK // 8)[None, :] * 8
     for block in range(part, tl.cdiv(batch, ROWS), num_parts):
-        row = block * ROWS + tl.arange(0, ROWS)[:, None]
-        valid = (row < batch) & (position < length)
-        offset = (channel * batch + row) * length + position
+        sequence = block * ROWS + row
+        valid = (sequence < batch) & (position < length)
+        offset = (channel * batch + sequence) * length
         out = tl.zeros([ROWS, BLOCK], tl.float32)
         if GATED:
-            before = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
-            value = short_convolve(
-                projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels
+            in_batch = (sequence < batch) & (run >= 0)
+            z = short_convolve(projected_ptr, offset + run, run, in_batch, length, parameters, channel)
+            z *= short_convolve(
+                projected_ptr, offset + run + plane + plane, run, in_batch, length, parameters, channel + 2 * channels
             )
-            z = before * value
-            inner = dot(z.to(dtype), matrix, None, PRECISION) + skip * z
+            inner = dot(z.to(dtype), matrix, None, PRECISION)
             if SAVE_INNER:
-                tl.store(inner_ptr + offset, inner.to(dtype), mask=valid)
-            after = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
+                tl.store(inner_ptr + offset + position, inner.to(dtype), mask=valid)
+            after = short_convolve(
+                projected_ptr, offset + run + plane, run, in_batch, length, parameters, channel + channels
+            )
             out += inner * after
         if RESIDUAL:
-            u = tl.load(input_ptr + offset, mask=valid, other=0.0)
+            u = tl.load(input_ptr + offset + position, mask=valid, other=0.0)
             out = dot(u, residual_matrix, out, PRECISION)
-            out += residual_skip * u.to(tl.float32)
-        tl.store(out_ptr + offset, out.to(dtype), mask=valid)
+        tl.store(out_ptr + offset + position, out.to(dtype), mask=valid)
 
 
 @triton.jit
 def _backward_kernel(
     projected_ptr, parameters, taps_ptr, skip_ptr, input_ptr, residual_taps_ptr, residual_skip_ptr, inner_ptr, grad_ptr,
     grad_short_ptr, grad_input_ptr, products_ptr, residual_products_ptr,
-    channels, batch, length, num_parts,
+    channels, batch, length, plane, num_parts,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -88,41 +91,43 @@ def _backward_kernel(
     part = tl.program_id(1)
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     position = tl.arange(0, BLOCK)[None, :]
-    plane = channels.to(tl.int64) * batch * length
     if GATED:
-        matrix = _toeplitz_tile(taps_ptr, channel, length, True, BLOCK, dtype)
-        skip = tl.load(skip_ptr + channel)
+        matrix = _toeplitz_tile(taps_ptr, skip_ptr, channel, length, True, BLOCK, dtype)
         products = tl.zeros([BLOCK, BLOCK], tl.float32)
     if RESIDUAL:
-        residual_matrix = _toeplitz_tile(residual_taps_ptr, channel, length, True, BLOCK, dtype)
-        residual_skip = tl.load(residual_skip_ptr + channel)
+        residual_matrix = _toeplitz_tile(residual_taps_ptr, residual_skip_ptr, channel, length, True, BLOCK, dtype)
         residual_products = tl.zeros([BLOCK, BLOCK], tl.float32)
+    row = tl.arange(0, ROWS)[:, None]
+    run = tl.arange(0, BLOCK // 8)[None, :] * 8
     for block in range(part, tl.cdiv(batch, ROWS), num_parts):
-        row = block * ROWS + tl.arange(0, ROWS)[:, None]
-        valid = (row < batch) & (position < length)
-        offset = (channel * batch + row) * length + position
-        grad = tl.load(grad_ptr + offset, mask=valid, other=0.0)
+        sequence = block * ROWS + row
+        valid = (sequence < batch) & (position < length)
+        offset = (channel * batch + sequence) * length
+        here = offset + position
+        grad = tl.load(grad_ptr + here, mask=valid, other=0.0)
         if RESIDUAL:
-            u = tl.load(input_ptr + offset, mask=valid, other=0.0)
+            u = tl.load(input_ptr + here, mask=valid, other=0.0)
             residual_products = dot(tl.trans(u), grad, residual_products, PRECISION)
             grad_input = dot(grad, residual_matrix, None, PRECISION)
-            grad_input += residual_skip * grad.to(tl.float32)
-            tl.store(grad_input_ptr + offset, grad_input.to(dtype), mask=valid)
+            tl.store(grad_input_ptr + here, grad_input.to(dtype), mask=valid)
         if GATED:
-            inner = tl.load(inner_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+            in_batch = (sequence < batch) & (run >= 0)
+            inner = tl.load(inner_ptr + here, mask=valid, other=0.0).to(tl.float32)
             grad_after = grad.to(tl.float32) * inner
-            tl.store(grad_short_ptr + offset + plane, grad_after.to(dtype), mask=valid)
-            after = short_convolve(projected_ptr, offset + plane, position, valid, parameters, channel + channels)
-            grad_inner = grad.to(tl.float32) * after
-            before = short_convolve(projected_ptr, offset, position, valid, parameters, channel)
+            tl.store(grad_short_ptr + here + plane, grad_after.to(dtype), mask=valid)
+            after = short_convolve(
+                projected_ptr, offset + run + plane, run, in_batch, length, parameters, channel + channels
+            )
+            grad_inner = (grad.to(tl.float32) * after).to(dtype)
+            before = short_convolve(projected_ptr, offset + run, run, in_batch, length, parameters, channel)
             value = short_convolve(
-                projected_ptr, offset + 2 * plane, position, valid, parameters, channel + 2 * channels
+                projected_ptr, offset + run + plane + plane, run, in_batch, length, parameters, channel + 2 * channels
             )
             z = (before * value).to(dtype)
-            products = dot(tl.trans(z), grad_inner.to(dtype), products, PRECISION)
-            grad_z = dot(grad_inner.to(dtype), matrix, None, PRECISION) + skip * grad_inner
-            tl.store(grad_short_ptr + offset, (grad_z * value).to(dtype), mask=valid)
-            tl.store(grad_short_ptr + offset + 2 * plane, (grad_z * before).to(dtype), mask=valid)
+            products = dot(tl.trans(z), grad_inner, products, PRECISION)
+            grad_z = dot(grad_inner, matrix, None, PRECISION)
+            tl.store(grad_short_ptr + here, (grad_z * value).to(dtype), mask=valid)
+            tl.store(grad_short_ptr + here + plane + plane, (grad_z * before).to(dtype), mask=valid)
     tile = ((channel * num_parts + part) * BLOCK + tl.arange(0, BLOCK)[:, None]) * BLOCK + position
     if GATED:
         tl.store(products_ptr + tile, products)
@@ -154,7 +159,7 @@ def _block(length: int) -> int:
 
 
 def _rows(batch: int, dtype: torch.dtype, direction: str) -> int:
-    most = ROWS[direction] // 2 if dtype == torch.float32 else ROWS[direction]
+    most = ROWS[direction] // 4 if dtype == torch.float32 else ROWS[direction]
     return max(16, min(most, triton.next_power_of_2(batch)))
 
 
@@ -183,7 +188,7 @@ def forward(
     num_parts = _num_parts(channels, triton.cdiv(batch, rows))
     _forward_kernel[(channels, num_parts)](
         projected, parameters, taps, skip, x, residual_taps, residual_skip, out, inner,
-        channels, batch, length, num_parts,
+        channels, batch, length, channels * batch * length, num_parts,
         GATED=gated is not None, RESIDUAL=residual is not None, SAVE_INNER=inner is not None,
         ROWS=rows, BLOCK=_block(length), PRECISION=dot_precision(like.dtype), num_warps=WARPS["forward"], num_stages=1,
     )  # fmt: skip
@@ -217,7 +222,7 @@ def backward(
     _backward_kernel[(channels, num_parts)](
         projected, parameters, taps, skip, x, residual_taps, residual_skip, inner, grad,
         grad_short, grad_input, products, residual_products,
-        channels, batch, length, num_parts,
+        channels, batch, length, channels * batch * length, num_parts,
         GATED=gated is not None, RESIDUAL=residual is not None,
         ROWS=rows, BLOCK=block, PRECISION=dot_precision(grad.dtype), num_warps=WARPS["backward"], num_stages=1,
     )  # fmt: skip
