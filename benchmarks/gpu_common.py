@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -55,7 +56,7 @@ PEERS = {
 
 
 class Encoder(nn.Module):
-    """Token ids (batch, length) to hidden states (batch, length, hidden): embeddings and layers, neither pooler nor mask.
+    """Token ids (batch, length) to hidden states (batch, length, hidden): embeddings and layers; no pooler, no mask.
 
     Hugging Face's own forward makes a mask of ones, which costs a compiled model the flash kernels; its parts are
     called without, so that the peer runs as fast as it can.
@@ -113,14 +114,15 @@ def once(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def time_calls(function: Callable[[], Any], seconds: float, device: torch.device) -> list[float]:
+def time_calls(function: Callable[[], Any], seconds: float, device: torch.device, *, wait: bool = False) -> list[float]:
     """Call repeatedly for about `seconds` (at least three times); return each call's milliseconds.
 
-    On a GPU between two events, without waiting in between: what a queue of such calls takes.
+    On a GPU between two events, without waiting in between: what a queue of such calls takes. With `wait`: what the
+    caller of each sees until the device is done.
     """
     estimate = once(function, device)
     count = min(1000, max(3, round(seconds / max(estimate, 1e-6))))
-    if device.type != "cuda":
+    if wait or device.type != "cuda":
         return [1e3 * once(function, device) for _ in range(count)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
@@ -128,7 +130,7 @@ def time_calls(function: Callable[[], Any], seconds: float, device: torch.device
         function()
         event.record()
     synchronize(device)
-    return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
 
 
 def alternate(
@@ -211,9 +213,8 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
     size, count = (256, 1 << 20) if small else (8192, 1 << 30)
     source = torch.empty(count, dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
-    copy = statistics.median(time_calls(lambda: target.copy_(source), 0.2, device))
-    del source, target
     left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    copy = statistics.median(time_calls(lambda: target.copy_(source), 0.2, device))
     product = statistics.median(time_calls(lambda: left @ right, 0.3, device))
     return Ceilings(2 * 2 * count / (copy / 1e3), 2 * size**3 / (product / 1e3))
 

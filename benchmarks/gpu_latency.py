@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--models", type=common.names, default=["m2-base", HF_BERT], help="by commas")
     parser.add_argument("--lengths", type=common.integers, help="by commas (default: 128,2048,32768)")
     parser.add_argument("--modes", default=",".join(MODES), help="of torch.compile, or eager (default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=200, help="timed a row and round (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing a row (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=common.ROUNDS, help="turns of each model (default: %(default)s)")
     args = parser.parse_args()
     args.lengths = args.lengths or ([16, 32] if args.small else LENGTHS)
@@ -74,7 +74,7 @@ def measure(length: int, args: argparse.Namespace, device: torch.device) -> list
     times: list[list[list[float]]] = [[] for _ in runs]
     for _ in range(args.rounds):
         for (_, run), own in zip(runs, times, strict=True):
-            own.append([1e3 * common.once(run, device) for _ in range(args.calls)])
+            own.append(common.time_calls(run, args.seconds / args.rounds, device, wait=True))
     for (row, _), rounds in zip(runs, times, strict=True):
         calls = sorted(time for own in rounds for time in own)
         medians = [statistics.median(own) for own in rounds]

@@ -35,7 +35,8 @@ def main() -> None:
     args.lengths = args.lengths or ([16, 31] if args.small else LENGTHS)
     device = common.use_device(args.device)
     print(
-        f"{'length':>6} {'ours ms':>9} {'bar':>6} {'fft ms':>9} {'copy ms':>9} {'x copy':>7} {'error':>9} {'first s':>8}"
+        f"{'length':>6} {'ours ms':>9} {'bar':>6} {'fft ms':>9} {'copy ms':>9} {'x copy':>7} {'error':>9} "
+        f"{'first s':>8}"
     )
     rows: list[dict[str, Any]] = []
     for length in args.lengths:
