@@ -134,32 +134,35 @@ def time_calls(function: Callable[[], Any], seconds: float, device: torch.device
 
 
 def alternate(
-    functions: Mapping[str, Callable[[], Any]], seconds: float, device: torch.device, rounds: int = ROUNDS
-) -> dict[str, dict[str, float] | str]:
-    """Time several functions in turns, each for about `seconds` in all.
+    functions: Mapping[Any, Callable[[], Any]], seconds: float, device: torch.device, *, wait: bool = False
+) -> dict[Any, dict[str, float] | str]:
+    """Time several functions in turns, each for about `seconds` in all; `wait` as in `time_calls`.
 
     Returns:
-        By name: "ms", the median of all calls, and "ms_min" and "ms_max", the least and largest median of a round; or
-        the message of the error that a function ended with.
+        By name: "ms", the median of all calls, "ms_p95", and "ms_min" and "ms_max", the least and largest median of a
+        round; or the message of the error that a function ended with.
     """
-    medians: dict[str, list[float]] = {name: [] for name in functions}
-    calls: dict[str, list[float]] = {name: [] for name in functions}
-    errors: dict[str, str] = {}
-    for _ in range(rounds):
+    rounds: dict[Any, list[list[float]]] = {name: [] for name in functions}
+    errors: dict[Any, str] = {}
+    for _ in range(ROUNDS):
         for name, function in functions.items():
             if name in errors:
                 continue
             try:
-                times = time_calls(function, seconds / rounds, device)
+                rounds[name].append(time_calls(function, seconds / ROUNDS, device, wait=wait))
             except Exception as error:  # noqa: BLE001 - whatever a compiler or a kernel raises is that row's result
                 errors[name] = message(error)
-                continue
-            medians[name].append(statistics.median(times))
-            calls[name] += times
+    return {name: errors.get(name) or _summary(rounds[name]) for name in functions}
+
+
+def _summary(rounds: list[list[float]]) -> dict[str, float]:
+    calls = sorted(itertools.chain.from_iterable(rounds))
+    medians = [statistics.median(times) for times in rounds]
     return {
-        name: errors.get(name)
-        or {"ms": statistics.median(calls[name]), "ms_min": min(medians[name]), "ms_max": max(medians[name])}
-        for name in functions
+        "ms": statistics.median(calls),
+        "ms_p95": calls[int(0.95 * (len(calls) - 1))],
+        "ms_min": min(medians),
+        "ms_max": max(medians),
     }
 
 

@@ -9,7 +9,6 @@ better of the two. A latency is what the caller waits: from the call until the d
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,6 @@ def main() -> None:
     parser.add_argument("--lengths", type=common.integers, help="by commas (default: 128,2048,32768)")
     parser.add_argument("--modes", default=",".join(MODES), help="of torch.compile, or eager (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing a row (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=common.ROUNDS, help="turns of each model (default: %(default)s)")
     args = parser.parse_args()
     args.lengths = args.lengths or ([16, 32] if args.small else LENGTHS)
     device = common.use_device(args.device)
@@ -55,8 +53,8 @@ def main() -> None:
 
 def measure(length: int, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Return a row for each model and mode; a model's modes share no compiled code."""
-    rows = []
-    runs: list[tuple[dict[str, Any], Callable[[], Any]]] = []
+    rows: list[dict[str, Any]] = []
+    runs: dict[int, Callable[[], Any]] = {}  # by the number of the row
     torch._dynamo.reset()
     common.free_memory()
     for mode in args.modes.split(","):
@@ -68,18 +66,11 @@ def measure(length: int, args: argparse.Namespace, device: torch.device) -> list
                 row["first_call_s"] = common.once(run, device)
                 for _ in range(WARM_UP_CALLS):
                     common.once(run, device)
-                runs.append((row, run))
+                runs[len(rows) - 1] = run
             except Exception as error:  # noqa: BLE001 - whatever a compiler raises is that row's result
                 row["error"] = common.message(error)
-    times: list[list[list[float]]] = [[] for _ in runs]
-    for _ in range(args.rounds):
-        for (_, run), own in zip(runs, times, strict=True):
-            own.append(common.time_calls(run, args.seconds / args.rounds, device, wait=True))
-    for (row, _), rounds in zip(runs, times, strict=True):
-        calls = sorted(time for own in rounds for time in own)
-        medians = [statistics.median(own) for own in rounds]
-        row["ms"], row["p95_ms"] = statistics.median(calls), calls[int(0.95 * (len(calls) - 1))]
-        row["ms_min"], row["ms_max"] = min(medians), max(medians)
+    for index, times in common.alternate(runs, args.seconds, device, wait=True).items():
+        rows[index].update({"error": times} if isinstance(times, str) else times)
     return rows
 
 
@@ -121,7 +112,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{start} {row['error']}"
     over = "" if row["hf_over_it"] is None else f"{row['hf_over_it']:.2f}"
     first = f"{row['first_call_s']:>8.1f}" + ("" if row["first_call_s"] <= MAX_FIRST_CALL_S else " OVER")
-    return f"{start} {row['ms']:>9.3f} {row['p95_ms']:>9.3f} {over:>8} {first}"
+    return f"{start} {row['ms']:>9.3f} {row['ms_p95']:>9.3f} {over:>8} {first}"
 
 
 if __name__ == "__main__":
