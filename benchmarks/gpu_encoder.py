@@ -79,7 +79,7 @@ def measure(length: int, args: argparse.Namespace, device: torch.device) -> list
         row = rows[name] = {"length": length, "model": name, "compiled": PEERS[name].compiled and not args.no_compile}
         base = common.allocated(device)
         try:
-            run = make_run(name, length, args, device)
+            run, _ = make_run(name, length, args, device)
             row["first_call_s"] = common.once(run, device)
             for _ in range(WARM_UP_CALLS):
                 run()
@@ -100,8 +100,8 @@ def measure(length: int, args: argparse.Namespace, device: torch.device) -> list
     return list(rows.values())
 
 
-def make_run(name: str, length: int, args: argparse.Namespace, device: torch.device) -> Run:
-    """Return a function of one forward pass, or of one forward and backward pass."""
+def make_run(name: str, length: int, args: argparse.Namespace, device: torch.device) -> tuple[Run, Any]:
+    """Return a function of one forward pass, or of one forward and backward pass, and the model's configuration."""
     peer = PEERS[name]
     with device:
         encoder = common.build_encoder(name, length, small=args.small, dropout=args.dropout)
@@ -117,7 +117,7 @@ def make_run(name: str, length: int, args: argparse.Namespace, device: torch.dev
             with torch.no_grad(), common.running(device, peer.kernels):
                 model(ids)
 
-        return forward
+        return forward, encoder.model.config
     encoder.train()
     gradients: list[torch.Tensor] = []
 
@@ -130,7 +130,7 @@ def make_run(name: str, length: int, args: argparse.Namespace, device: torch.dev
         with use_kernels(peer.kernels):  # a backward pass chooses its kernels too
             hidden.backward(gradients[0])
 
-    return step
+    return step, encoder.model.config
 
 
 def line(row: dict[str, Any], mode: str) -> str:
