@@ -176,9 +176,11 @@ def kernel_times(events: Any, device: torch.device) -> dict[tuple[str, str], lis
     for event in events:
         product = product_of(event)
         if event.device_type == DeviceType.CPU and product:
-            for kernel in event.kernels:  # a product may be several kernels, or one: its floor is counted a call
-                times[kernel.name, product].append(kernel.duration)
+            for kernel in event.kernels:
                 of_products[kernel.name] += 1
+            if event.kernels:  # a product may be several kernels: they share its floor
+                longest = max(event.kernels, key=lambda kernel: kernel.duration)
+                times[longest.name, product].append(sum(kernel.duration for kernel in event.kernels))
     for event in events:
         # Annotations (torch.compile makes one a graph) span kernels that are counted themselves.
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:

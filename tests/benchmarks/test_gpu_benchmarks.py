@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,34 @@ def test_profile(run: Run, mode: str) -> None:
         row for row in figures["rows"] if row["name"] == f"aten::addmm {tokens}x{width} @ {width}x{3 * width}"
     )
     assert product["calls"] == layers and product["floor_ms"] > 0
+
+
+def test_kernels_of_a_gpu_are_counted_once(run: Run) -> None:
+    profile = importlib.import_module("kernel_profile")
+    gemm, reduce = (SimpleNamespace(name=name, duration=us) for name, us in (("gemm", 70.0), ("reduce", 30.0)))
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def on_gpu(name: str, us: float, annotation: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=cuda, device_time=us, is_user_annotation=annotation)
+
+    shapes = [[64], [64, 32], [32, 96], [], []]
+    events = [
+        SimpleNamespace(name="aten::addmm", device_type=cpu, input_shapes=shapes, kernels=[gemm, reduce]),
+        SimpleNamespace(name="aten::add", device_type=cpu, input_shapes=[[1]], kernels=[SimpleNamespace(name="add")]),
+        on_gpu("graph", 150.0, annotation=True),
+        on_gpu("gemm", 70.0),
+        on_gpu("reduce", 30.0),
+        on_gpu("gated_mlp_forward", 40.0),
+        on_gpu("gemm", 10.0),
+    ]
+    times = profile.kernel_times(events, torch.device("cuda"))
+    product = "aten::addmm 64x32 @ 32x96"
+    assert times == {("gemm", product): [100.0], ("gated_mlp_forward", ""): [40.0], ("gemm", ""): [10.0]}
+    ceilings = importlib.import_module("gpu_common").Ceilings(1e9, 1e9)
+    floor = 1e3 * max(2 * (64 * 32 + 32 * 96 + 64 * 96) / 1e9, 2 * 64 * 32 * 96 / 1e9)
+    assert profile.product_floor(product, ceilings) == pytest.approx(floor)
+    rows = profile.kernel_rows(times, 1, [profile.Part("gated MLP", 1.0, 1.0, "")], ceilings)
+    assert [(row["ms"], row["part"]) for row in rows] == [(0.1, None), (0.04, "gated MLP"), (0.01, None)]
 
 
 def test_floors_agree_with_the_count_of_operations(run: Run) -> None:
