@@ -227,14 +227,13 @@ def random_ids(device: torch.device, tokens: int, length: int, vocabulary: int) 
     return torch.randint(0, vocabulary, (max(1, tokens // length), length), device=device)
 
 
-def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that every GPU benchmark has."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     made.add_argument("--small", action="store_true", help="a tiny model and a few tokens, to try the command out")
     made.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     made.add_argument("--plot", type=Path, help="also draw them to this PNG file")
-    made.set_defaults(**defaults)
     return made
 
 

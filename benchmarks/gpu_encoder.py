@@ -5,12 +5,14 @@
 
 forward: evaluation mode without gradients, 65,536 tokens. training: forward and backward (no optimizer), dropout as in
 the recipes, 32,768 tokens. All models of a length are timed in turns in this process. A model that fails is a row with
-its error. The JSON is written after every length, so a run that is stopped keeps what it has.
+its error. The JSON is written after every length, so a run that is stopped keeps what it has; --append puts a further
+run's lengths beside those of an earlier one on the same kind of device.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=common.integers, help="by commas (default: the mode's)")
     parser.add_argument("--tokens", type=int, help="a batch (default: the mode's)")
     parser.add_argument("--dropout", type=float, help="training: instead of the recipes' own")
+    parser.add_argument("--append", action="store_true", help="keep the rows that --output holds of other lengths")
     parser.add_argument("--no-compile", action="store_true", help="every model without torch.compile")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing a row (default: %(default)s)")
     args = parser.parse_args()
@@ -56,17 +59,33 @@ def main() -> None:
         f"{'length':>6} {'model':<17} {'tokens/ms':>9} {'ms':>9} {'ratio':>6} {'must/aim':>9} {'peak GB':>8} "
         f"{'first s':>8}"
     )
-    rows: list[dict[str, Any]] = []
+    rows = earlier_rows(args) if args.append else []
     for length in args.lengths:
         measured = measure(length, args, device)
         for row in measured:
             print(line(row, args.mode), flush=True)
-        rows += measured
+        rows = sorted(rows + measured, key=lambda row: row["length"])
         if args.output:
             figures = {"mode": args.mode, "tokens": args.tokens, "dropout": args.dropout, "rows": rows}
             write_figures(args.output, figures)
         if args.plot:
             plot(args, rows)
+
+
+def earlier_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of --output that this run does not measure.
+
+    Raises:
+        SystemExit: they are of another device, or were measured otherwise.
+    """
+    if not args.output or not args.output.exists():
+        return []
+    figures = json.loads(args.output.read_text(encoding="utf-8"))
+    settings = {"device": common.device_name(), "mode": args.mode, "tokens": args.tokens, "dropout": args.dropout}
+    for key, value in settings.items():
+        if figures[key] != value:
+            raise SystemExit(f"{args.output}: its {key} is {figures[key]}, this run's {value}; leave out --append")
+    return [row for row in figures["rows"] if row["length"] not in args.lengths]
 
 
 def measure(length: int, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import gpu_common as common
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=64, help="sequences a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="default: %(default)s")
+    parser.add_argument("--text", type=Path, help="a text file, a document a line, instead of the embedded corpus")
     parser.add_argument("--compile", action="store_true", help="compile the models")
     args = parser.parse_args()
     config: dict[str, Any] = dict(MODEL)
@@ -72,7 +74,7 @@ def main() -> None:
 
 def make_batches(args: argparse.Namespace, device: torch.device) -> list[Batch]:
     """Tokenise the embedded corpus, and mask and shuffle it as the training loader does."""
-    documents = list(embedded_documents("train"))
+    documents = args.text.read_text("utf-8").splitlines() if args.text else list(embedded_documents("train"))
     if args.small:
         documents = documents[:100]
     tokenizer = train_wordpiece(documents, VOCABULARY)

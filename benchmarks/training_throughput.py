@@ -104,7 +104,9 @@ def run(command: list[str], folder: Path, log: str) -> float:
     Raises:
         RuntimeError: it failed; with the end of what it wrote.
     """
-    search = os.pathsep.join([str(common.REPOSITORY), str(common.REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")])
+    # Absolute: the process starts in another folder.
+    given = [str(Path(entry).resolve()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    search = os.pathsep.join([str(common.REPOSITORY), str(common.REPOSITORY / "src"), *given])
     start = time.perf_counter()
     with (folder / log).open("w") as out:
         code = subprocess.run(

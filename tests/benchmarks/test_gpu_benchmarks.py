@@ -84,6 +84,15 @@ def test_a_model_that_fails_is_a_row_with_its_error(run: Run, monkeypatch: pytes
     assert "OutOfMemoryError: CUDA out of memory." in capsys.readouterr().out
 
 
+def test_a_further_run_goes_beside_an_earlier_one(run: Run) -> None:
+    options = ["--no-compile", "--models", "hf-bert-base", "--seconds", "0"]
+    [first] = run("gpu_encoder", *options, "--lengths", "16")["rows"]
+    rows = run("gpu_encoder", *options, "--lengths", "8,24", "--append")["rows"]
+    assert [row["length"] for row in rows] == [8, 16, 24] and rows[1] == first
+    with pytest.raises(SystemExit, match="its mode is forward, this run's training"):
+        run("gpu_encoder", *options, "--mode", "training", "--lengths", "32", "--append")
+
+
 def test_kernels_are_off_for_the_reference_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from bert.modeling import M2BertModel
     from monarch_mixer.kernels import kernels_enabled
