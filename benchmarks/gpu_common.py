@@ -282,6 +282,10 @@ def draw_lines(
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        x_values = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xticks(x_values, [f"{x:,}" for x in x_values], fontsize=8)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     dashed = set(dashed)
     for name, points in lines.items():
         if points:

@@ -125,6 +125,7 @@ def test_encoders_are_those_of_the_recipes(run: Run) -> None:
             assert sum(p.numel() for p in encoder.parameters()) == head - rest
         longer = common.build_encoder("hf-bert-base", 8192, dropout=0.0).model.config
     assert longer.max_position_embeddings == 8192
+    assert longer._attn_implementation == "sdpa"
     assert longer.hidden_dropout_prob == longer.attention_probs_dropout_prob == 0.0
 
 
