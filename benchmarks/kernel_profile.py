@@ -4,8 +4,9 @@
 
 First the card's two ceilings, measured in this run. Then the floor of each part of the model: the larger of the time
 that its bytes take (inputs, outputs and weights once, as one fused kernel would move them) and the time that its
-operations take. Then the kernels by time. Matrix products of PyTorch get a floor from their shapes; kernels of ours
-from the part they belong to, by name (`PARTS_OF_KERNELS`); others (fused pointwise ones, copies) have none.
+operations take. Then the kernels by time. Matrix products of PyTorch get a floor from their shapes. What our operators
+(`monarch_mixer::`) start is added up by the part they compute (`PARTS_OF_OPERATORS`) and set beside its floor. Other
+kernels (fused pointwise ones, copies) have none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import gpu_common as common
 import torch
@@ -29,13 +30,26 @@ from bert.configuration import M2BertConfig
 
 TOKENS = {"forward": 65_536, "training": 32_768}
 BF16 = 2  # bytes
-# A kernel whose name matches is that part's, in this order.
-PARTS_OF_KERNELS = (
-    (r"gated_mlp|glu|dimension_mixer", "gated MLP"),
-    (r"toeplitz|monarch|long_conv|sequence_mixer|fft", "sequence mixer"),
+OURS = "monarch_mixer::"
+# An operator of ours whose name matches computes that part; the first match counts.
+PARTS_OF_OPERATORS = (
+    (r"mlp", "gated MLP"),
     (r"layer_norm", "residual and LayerNorm"),
+    (r"mix|spectrum|taps|transpose|convolution", "sequence mixer"),
 )
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
+# PyTorch's matrix products: which of their arguments are the two factors.
+PRODUCTS = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2), "aten::baddbmm": (1, 2)}
+
+
+class Launch(NamedTuple):
+    """What a row of the profile is about."""
+
+    kernel: str
+    product: str = ""  # the matrix product that started it, with its shapes
+    operator: str = ""  # the operator of ours that started it
+
+
+Times = dict[Launch, list[float]]  # microseconds, a number a launch
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ def main() -> None:
     if isinstance(config, M2BertConfig) and config.monarch_mixer_sequence_mixing:
         parts = model_parts(config, tokens, args.length, args.mode)
         print_parts(parts, ceilings)
-    rows = kernel_rows(times, args.calls, parts, ceilings)
+    rows = kernel_rows(times, args.calls, ceilings)
     total = sum(row["ms"] for row in rows)
     print(
         f"\n{args.model}, {args.mode}, {tokens:,} tokens at {args.length}: {ms:.3f} ms, kernels {total:.3f} ms a call"
@@ -144,8 +158,8 @@ def print_parts(parts: Sequence[Part], ceilings: Ceilings) -> None:
     print(f"{'sum':<24} {'':>37} {sum(ceilings.floor_ms(p.num_bytes, p.flops) for p in parts):>9.3f}")
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[tuple[str, str], list[float]], float]:
-    """Profile some calls; return the model's configuration, the times of each kernel in us, and ms a call without."""
+def measure(args: argparse.Namespace, device: torch.device) -> tuple[Any, Times, float]:
+    """Profile some calls; return the model's configuration, the kernels' times, and ms a call without profiler."""
     from gpu_encoder import make_run  # one definition of a forward pass and of a training step
 
     run, config = make_run(args.model, args.length, args, device)
@@ -162,32 +176,35 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[t
     return config, kernel_times(profiler.events(), device), ms["ms"]
 
 
-def kernel_times(events: Any, device: torch.device) -> dict[tuple[str, str], list[float]]:
-    """Return the microseconds of each kernel call by (kernel, the product that started it with its shapes, or "").
-
-    On a CPU the operators themselves, with the time they spent outside other operators.
-    """
-    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+def kernel_times(events: Any, device: torch.device) -> Times:
+    """Return the times of all launches; on a CPU those of the operators, without what they spent in others."""
+    times: Times = defaultdict(list)
     if device.type != "cuda":
         for event in events:
-            times[event.name, product_of(event)].append(event.self_cpu_time_total)
+            times[Launch(event.name, product_of(event))].append(event.self_cpu_time_total)
         return times
-    of_products: dict[str, int] = defaultdict(int)
+    counted: dict[str, int] = defaultdict(int)
     for event in events:
-        product = product_of(event)
-        if event.device_type == DeviceType.CPU and product:
+        if event.device_type != DeviceType.CPU or not event.kernels:
+            continue
+        product, operator = product_of(event), operator_of(event)
+        if product:  # it may be several kernels: they share its floor
+            longest = max(event.kernels, key=lambda kernel: kernel.duration)
+            launch = Launch(longest.name, product, operator)
+            times[launch].append(sum(kernel.duration for kernel in event.kernels))
+        elif operator:
             for kernel in event.kernels:
-                of_products[kernel.name] += 1
-            if event.kernels:  # a product may be several kernels: they share its floor
-                longest = max(event.kernels, key=lambda kernel: kernel.duration)
-                times[longest.name, product].append(sum(kernel.duration for kernel in event.kernels))
+                times[Launch(kernel.name, "", operator)].append(kernel.duration)
+        if product or operator:
+            for kernel in event.kernels:
+                counted[kernel.name] += 1
     for event in events:
         # Annotations (torch.compile makes one a graph) span kernels that are counted themselves.
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            if of_products[event.name] > 0:  # counted with its product
-                of_products[event.name] -= 1
+            if counted[event.name] > 0:
+                counted[event.name] -= 1
             else:
-                times[event.name, ""].append(event.device_time)
+                times[Launch(event.name)].append(event.device_time)
     return times
 
 
@@ -195,11 +212,17 @@ def product_of(event: Any) -> str:
     """Return a matrix product with its shapes as text, "" for anything else."""
     if event.name not in PRODUCTS:
         return ""
-    shapes = [shape for shape in event.input_shapes if isinstance(shape, list | tuple) and len(shape) >= 2]
-    left, right = shapes[-2:] if len(shapes) >= 2 else ([], [])
+    left, right = (event.input_shapes[index] for index in PRODUCTS[event.name])
     if not left or not right:
         return ""
     return f"{event.name} {'x'.join(map(str, left))} @ {'x'.join(map(str, right))}"
+
+
+def operator_of(event: Any) -> str:
+    """Return the operator of ours that an event is, or happens in; "" for none."""
+    while event is not None and not event.name.startswith(OURS):
+        event = event.cpu_parent
+    return "" if event is None else event.name
 
 
 def product_floor(product: str, ceilings: Ceilings) -> float:
@@ -211,43 +234,42 @@ def product_floor(product: str, ceilings: Ceilings) -> float:
     return ceilings.floor_ms(num_bytes, 2.0 * batch * rows * inner * columns)
 
 
-def kernel_rows(
-    times: dict[tuple[str, str], list[float]], calls: int, parts: Sequence[Part], ceilings: Ceilings
-) -> list[dict[str, Any]]:
+def kernel_rows(times: Times, calls: int, ceilings: Ceilings) -> list[dict[str, Any]]:
     """Return a row a kernel, slowest first; times and calls are of one call of the model."""
     total = sum(sum(own) for own in times.values())
     rows = []
-    for (kernel, product), own in times.items():
+    for launch, own in times.items():
         count = len(own) / calls
-        floor = product_floor(product, ceilings) * count if product else None
+        names = [launch.operator, launch.product, launch.kernel]
+        if launch.product.split(" ")[0] == launch.kernel:  # on a CPU the product is the operator itself
+            names.pop()
         row = {
-            "name": f"{product}  {kernel}" if product and product.split()[0] != kernel else product or kernel,
-            "part": None if product else part_of(kernel, parts),
+            "name": "  ".join(filter(None, names)),
+            "part": part_of(launch.operator),
             "calls": count,
             "ms": sum(own) / 1e3 / calls,
             "share": sum(own) / total if total else 0.0,
-            "floor_ms": floor,
+            "floor_ms": product_floor(launch.product, ceilings) * count if launch.product else None,
         }
         rows.append(row)
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def part_of(kernel: str, parts: Sequence[Part]) -> str | None:
-    """Return the part of the model that a kernel of ours belongs to, by its name."""
-    if not parts or kernel.startswith(("triton_", "void ", "aten::")):  # Inductor's, PyTorch's
-        return None
-    return next((part for pattern, part in PARTS_OF_KERNELS if re.search(pattern, kernel)), None)
+def part_of(operator: str) -> str | None:
+    """Return the part of the model that an operator of ours computes."""
+    name = operator.removeprefix(OURS)
+    return next((part for pattern, part in PARTS_OF_OPERATORS if name and re.search(pattern, name)), None)
 
 
 def part_rows(rows: list[dict[str, Any]], parts: Sequence[Part], ceilings: Ceilings) -> list[dict[str, Any]]:
-    """Print and return what the kernels of each part take together, beside the part's floor."""
+    """Print and return what our operators of each part take together, beside the part's floor."""
     found = []
     for part in parts:
         ms = sum(row["ms"] for row in rows if row["part"] == part.name)
-        if ms:
+        if ms > 0:
             floor = ceilings.floor_ms(part.num_bytes, part.flops)
             found.append({"part": part.name, "ms": ms, "floor_ms": floor})
-            print(f"our kernels of the {part.name}: {ms:.3f} ms, floor {floor:.3f} ms, {ms / floor:.1f} times it")
+            print(f"our operators of the {part.name}: {ms:.3f} ms, floor {floor:.3f} ms, {ms / floor:.1f} times it")
     return found
 
 

@@ -197,30 +197,46 @@ def test_profile(run: Run, mode: str) -> None:
 
 def test_kernels_of_a_gpu_are_counted_once(run: Run) -> None:
     profile = importlib.import_module("kernel_profile")
-    gemm, reduce = (SimpleNamespace(name=name, duration=us) for name, us in (("gemm", 70.0), ("reduce", 30.0)))
     cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def on_cpu(name: str, kernels: dict[str, float], parent: object = None, shapes: object = ()) -> SimpleNamespace:
+        started = [SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels.items()]
+        return SimpleNamespace(name=name, device_type=cpu, kernels=started, cpu_parent=parent, input_shapes=shapes)
 
     def on_gpu(name: str, us: float, annotation: bool = False) -> SimpleNamespace:
         return SimpleNamespace(name=name, device_type=cuda, device_time=us, is_user_annotation=annotation)
 
-    shapes = [[64], [64, 32], [32, 96], [], []]
+    mlp = on_cpu("monarch_mixer::gated_mlp", {"_forward_tiles": 40.0})
     events = [
-        SimpleNamespace(name="aten::addmm", device_type=cpu, input_shapes=shapes, kernels=[gemm, reduce]),
-        SimpleNamespace(name="aten::add", device_type=cpu, input_shapes=[[1]], kernels=[SimpleNamespace(name="add")]),
-        on_gpu("graph", 150.0, annotation=True),
+        on_cpu("aten::addmm", {"gemm": 70.0, "reduce": 30.0}, shapes=[[64], [64, 32], [32, 96], [], []]),
+        on_cpu("aten::add", {"add": 5.0}),
+        mlp,
+        on_cpu("aten::bmm", {"gemm": 20.0}, parent=mlp, shapes=[[4, 64, 8], [4, 8, 16], [4, 64, 16]]),
+        on_gpu("graph", 200.0, annotation=True),
         on_gpu("gemm", 70.0),
         on_gpu("reduce", 30.0),
-        on_gpu("gated_mlp_forward", 40.0),
+        on_gpu("add", 5.0),
+        on_gpu("_forward_tiles", 40.0),
+        on_gpu("gemm", 20.0),
         on_gpu("gemm", 10.0),
     ]
     times = profile.kernel_times(events, torch.device("cuda"))
     product = "aten::addmm 64x32 @ 32x96"
-    assert times == {("gemm", product): [100.0], ("gated_mlp_forward", ""): [40.0], ("gemm", ""): [10.0]}
+    assert times == {
+        ("gemm", product, ""): [100.0],
+        ("_forward_tiles", "", "monarch_mixer::gated_mlp"): [40.0],
+        ("gemm", "aten::bmm 4x64x8 @ 4x8x16", "monarch_mixer::gated_mlp"): [20.0],
+        ("gemm", "", ""): [10.0],
+        ("add", "", ""): [5.0],
+    }
     ceilings = importlib.import_module("gpu_common").Ceilings(1e9, 1e9)
     floor = 1e3 * max(2 * (64 * 32 + 32 * 96 + 64 * 96) / 1e9, 2 * 64 * 32 * 96 / 1e9)
     assert profile.product_floor(product, ceilings) == pytest.approx(floor)
-    rows = profile.kernel_rows(times, 1, [profile.Part("gated MLP", 1.0, 1.0, "")], ceilings)
-    assert [(row["ms"], row["part"]) for row in rows] == [(0.1, None), (0.04, "gated MLP"), (0.01, None)]
+    rows = profile.kernel_rows(times, 1, ceilings)
+    assert [(row["ms"], row["part"]) for row in rows[:3]] == [(0.1, None), (0.04, "gated MLP"), (0.02, "gated MLP")]
+    assert rows[2]["name"] == "monarch_mixer::gated_mlp  aten::bmm 4x64x8 @ 4x8x16  gemm"
+    [part] = profile.part_rows(rows, [profile.Part("gated MLP", 1.0, 1.0, "")], ceilings)
+    assert part["ms"] == pytest.approx(0.06)
 
 
 def test_floors_agree_with_the_count_of_operations(run: Run) -> None:
