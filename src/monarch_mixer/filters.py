@@ -188,7 +188,9 @@ def two_sided_taps(filters: Sequence[Sequence[Tensor]], length: int, frequency_s
         (filters, channels, 2 * length - 1): taps from lag -(length - 1) up; zero at negative lags of a causal filter.
     """
     with torch.autocast(filters[0][0].device.type, enabled=False):
-        positions, times, decay_rates, frequency, *weights = (torch.stack(group) for group in zip(*filters, strict=True))
+        positions, times, decay_rates, frequency, *weights = (
+            torch.stack(group) for group in zip(*filters, strict=True)
+        )
         dtype = torch.promote_types(positions.dtype, torch.float32)
         features = positions[:, :length].to(dtype)
         frequency = frequency_scale * frequency[:, None].to(dtype)

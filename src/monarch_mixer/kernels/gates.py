@@ -40,45 +40,46 @@ def _delay(x, first):
 
 
 @triton.jit
-def short_convolve(ptr, offset, position, valid, length, parameters, channel):
-    """Return the causal three-tap convolution of one of the projected streams; 0 where not valid.
+def short_convolve(ptr, offset, position, valid, length, parameters, row, MASKED: tl.constexpr):
+    """Return the causal three-tap convolution of one of the projected streams.
 
     A thread holds eight neighbours and loads two more, rather than everything three times.
 
     Args:
-        ptr, offset: where runs of eight positions begin, (rows, runs).
-        position: their first positions; negative ones and those from `length` on are zeros.
+        ptr: the channel's first sequence.
+        offset: where runs of eight positions begin, (rows, runs).
+        position: their first positions.
         valid: whether a run belongs to a sequence.
         length: positions of a sequence.
         parameters: (3 * channels, 5), a row for each channel: three taps, the bias of the convolution, and that of the
             linear map before it, which exists at real positions only and so is not added left of the first.
-        channel: the row of `parameters`.
+        row: of `parameters`.
+        MASKED: whether positions from `length` on, and what is not valid, are to be zeros; they are finite else.
 
     Returns:
         (rows, 8 * runs) in fp32.
     """
     rows: tl.constexpr = offset.shape[0]
     runs: tl.constexpr = offset.shape[1]
-    row = parameters + channel * 5
-    past2, past1, now = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    bias, input_bias = tl.load(row + 3), tl.load(row + 4)
+    parameters += row * 5
+    past2, past1, now = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
+    bias, input_bias = tl.load(parameters + 3), tl.load(parameters + 4)
     step = tl.arange(0, 8)[None, None, :]
-    place = position[:, :, None] + step
-    inside = valid[:, :, None] & (place < length)
+    inside = valid[:, :, None] & (position[:, :, None] + step < length)
     x = tl.load(ptr + (offset[:, :, None] + step), mask=inside, other=0.0).to(tl.float32)
     pair = tl.arange(0, 2)[None, None, :] - 2
     before = position[:, :, None] + pair
-    halo = tl.load(
-        ptr + (offset[:, :, None] + pair), mask=valid[:, :, None] & (before >= 0) & (before < length), other=0.0
-    )
-    halo_even, halo_odd = tl.split(halo.to(tl.float32))
+    real = valid[:, :, None] & (before >= 0) & (before < length)
+    halo = tl.load(ptr + (offset[:, :, None] + pair), mask=real, other=0.0).to(tl.float32)
+    halo_even, halo_odd = tl.split(tl.where(before >= 0, halo, -input_bias))
     even, odd = tl.split(tl.reshape(x, (rows, runs, 4, 2)))
     past_odd = _delay(odd, halo_odd)
-    y_even = now * even + past1 * past_odd + past2 * _delay(even, halo_even)
-    y_odd = now * odd + past1 * even + past2 * past_odd
-    y = tl.reshape(tl.join(y_even, y_odd), (rows, runs, 8)) + (input_bias * (now + past1 + past2) + bias)
-    missing = tl.where(place == 0, past1 + past2, tl.where(place == 1, past2, 0.0))
-    y = tl.where(inside, y - input_bias * missing, 0.0)
+    constant = input_bias * (now + past1 + past2) + bias
+    y_even = now * even + past1 * past_odd + past2 * _delay(even, halo_even) + constant
+    y_odd = now * odd + past1 * even + past2 * past_odd + constant
+    y = tl.reshape(tl.join(y_even, y_odd), (rows, runs, 8))
+    if MASKED:
+        y = tl.where(inside, y, 0.0)
     return tl.reshape(y, (rows, 8 * runs))
 
 

@@ -51,7 +51,9 @@ PROGRAMS = {"forward": 1536, "backward": 1536, "blocks": 3072}
 
 
 @triton.jit
-def _to_frequency(x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype: tl.constexpr, PRECISION: tl.constexpr):
+def _to_frequency(
+    x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype: tl.constexpr, PRECISION: tl.constexpr
+):
     """Transform x (rows, sequences * columns) to real and imaginary parts (rows * sequences, columns)."""
     real = dot(cos, x, None, PRECISION)
     negative_imag = dot(sin, x, None, PRECISION)
@@ -78,7 +80,16 @@ def _columns_to_frequency(
 
 @triton.jit
 def _columns_to_time(
-    real, imag, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr
+    real,
+    imag,
+    twiddle_cos,
+    twiddle_sin,
+    cos2,
+    sin2,
+    negative2,
+    rows: tl.constexpr,
+    dtype: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Undo `_columns_to_frequency`, up to the first factor: real and imaginary parts (rows, sequences * columns)."""
     columns: tl.constexpr = cos2.shape[0]
@@ -207,16 +218,16 @@ def _taps_gradient_kernel(
 
 @triton.jit
 def _stream(
-    projected_ptr, which, channel, channels, offset, position, valid, length, plane, parameters
+    projected_ptr, which, channel, channels, offset, position, valid, length, plane, parameters, MASKED: tl.constexpr
 ):
     """Return the short convolution of one of the three projected streams at runs of eight positions."""
     # Added one by one: twice the plane may not fit the integer the plane came in.
     if which >= 1:
-        offset += plane
+        projected_ptr += plane
     if which == 2:
-        offset += plane
+        projected_ptr += plane
     return short_convolve(
-        projected_ptr, offset, position, valid, length, parameters, channel + which * channels
+        projected_ptr, offset, position, valid, length, parameters, channel + which * channels, MASKED
     )
 
 
@@ -234,11 +245,20 @@ def _forward_kernel(
     projected_ptr, parameters, spectrum_ptr, skip_ptr, input_ptr, residual_spectrum_ptr, residual_skip_ptr,
     out_ptr, inner_ptr, tables_ptr, twiddle_ptr, channels, batch, length, plane, num_parts,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both convolutions of a part of a channel's sequences, which fit a block each, SEQUENCES at a time."""
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    # Pointers to the channel, so that offsets within it are small integers.
+    start = channel * batch * length
+    if GATED:
+        projected_ptr += start
+        if SAVE_INNER:
+            inner_ptr += start
+    if RESIDUAL:
+        input_ptr += start
+    out_ptr += start
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     width: tl.constexpr = SEQUENCES * COLUMNS
@@ -257,17 +277,17 @@ def _forward_kernel(
             twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
         sequence, position = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 1)
         valid = (sequence < batch) & (position < length)
-        offset = (channel * batch + sequence) * length + position
+        offset = sequence * length + position
         out = tl.zeros([ROWS, width], tl.float32)
         if GATED:
             run_sequence, run = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 8)
             run_valid = run_sequence < batch
-            run_offset = (channel * batch + run_sequence) * length + run
+            run_offset = run_sequence * length + run
             z = _stream(
-                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, plane, parameters
+                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
             )
             z *= _stream(
-                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, plane, parameters
+                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
             )
             real, imag = _to_frequency(
                 z.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
@@ -281,14 +301,12 @@ def _forward_kernel(
             if SAVE_INNER:
                 tl.store(inner_ptr + offset, inner.to(dtype), mask=valid)
             after = _stream(
-                projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, plane, parameters
+                projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
             )
             out += inner * after
         if RESIDUAL:
             u = tl.load(input_ptr + offset, mask=valid, other=0.0)
-            real, imag = _to_frequency(
-                u, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
-            )
+            real, imag = _to_frequency(u, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION)
             if KEEP < 2:
                 r_real, r_imag = _filter_tile(
                     residual_spectrum_ptr, residual_skip_ptr, channel, ROWS, COLUMNS, SEQUENCES
@@ -306,11 +324,21 @@ def _backward_kernel(
     grad_short_ptr, grad_input_ptr, grad_spectrum_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr,
     channels, batch, length, plane, num_parts,
     GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one of the two convolutions: of its input (or its gates), and of its transform over a part's batch."""
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    # Pointers to the channel, so that offsets within it are small integers.
+    start = channel * batch * length
+    if GATED:
+        projected_ptr += start
+        inner_ptr += start
+        grad_short_ptr += start
+    else:
+        input_ptr += start
+        grad_input_ptr += start
+    grad_ptr += start
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     width: tl.constexpr = SEQUENCES * COLUMNS
@@ -327,22 +355,22 @@ def _backward_kernel(
             twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
         sequence, position = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 1)
         valid = (sequence < batch) & (position < length)
-        offset = (channel * batch + sequence) * length + position
+        offset = sequence * length + position
         run_sequence, run = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 8)
         run_valid = run_sequence < batch
-        run_offset = (channel * batch + run_sequence) * length + run
+        run_offset = run_sequence * length + run
         grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         if GATED:
             inner = tl.load(inner_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-            tl.store(grad_short_ptr + offset + plane, (grad * inner).to(dtype), mask=valid)
+            tl.store(grad_short_ptr + plane + offset, (grad * inner).to(dtype), mask=valid)
             grad *= _stream(
-                projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, plane, parameters
+                projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
             )
             before = _stream(
-                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, plane, parameters
+                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
             )
             value = _stream(
-                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, plane, parameters
+                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
             )
             x = before * value
         else:
@@ -376,7 +404,7 @@ def _backward_kernel(
         )  # fmt: skip
         if GATED:
             tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=valid)
-            tl.store(grad_short_ptr + offset + plane + plane, (grad_x * before).to(dtype), mask=valid)
+            tl.store(grad_short_ptr + plane + plane + offset, (grad_x * before).to(dtype), mask=valid)
         else:
             tl.store(grad_input_ptr + offset, grad_x.to(dtype), mask=valid)
     tl.store(grad_skip_ptr + channel * num_parts + part, grad_skip)
@@ -389,12 +417,20 @@ def _backward_kernel(
 def _blocks_to_frequency_kernel(
     projected_ptr, parameters, input_ptr, grad_ptr, out_ptr, tables_ptr, twiddle_ptr,
     channels, batch, length, plane, num_blocks, num_parts,
-    SOURCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    SOURCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transform every block of what SOURCE names: "gate" (first gate * value), "plain" (input or gradient), or
     "gradient" (gradient * last gate)."""
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    # Pointers to the channel, so that offsets within it are small integers.
+    channel_start = channel * batch * length
+    if SOURCE == "plain":
+        input_ptr += channel_start
+    else:
+        projected_ptr += channel_start
+    if SOURCE == "gradient":
+        grad_ptr += channel_start
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -403,25 +439,25 @@ def _blocks_to_frequency_kernel(
         sequence = item // num_blocks
         begin = item % num_blocks * block
         twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-        start = (channel * batch + sequence) * length
         _, run = _places(0, ROWS, COLUMNS, 1, 8)
         run += begin
         valid = run < length
+        start = sequence * length
         offset = start + begin + tile
         inside = begin + tile < length
         if SOURCE == "gate":
-            x = _stream(projected_ptr, 0, channel, channels, start + run, run, valid, length, plane, parameters)
-            x *= _stream(projected_ptr, 2, channel, channels, start + run, run, valid, length, plane, parameters)
+            x = _stream(projected_ptr, 0, channel, channels, start + run, run, valid, length, plane, parameters, MASKED)
+            x *= _stream(
+                projected_ptr, 2, channel, channels, start + run, run, valid, length, plane, parameters, MASKED
+            )
             x = x.to(dtype)
         elif SOURCE == "gradient":
-            x = _stream(projected_ptr, 1, channel, channels, start + run, run, valid, length, plane, parameters)
+            x = _stream(projected_ptr, 1, channel, channels, start + run, run, valid, length, plane, parameters, MASKED)
             x *= tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             x = x.to(dtype)
         else:
             x = tl.load(input_ptr + offset, mask=inside, other=0.0)
-        real, imag = _to_frequency(
-            x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
-        )
+        real, imag = _to_frequency(x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION)
         out = out_ptr + ((channel * batch + sequence) * num_blocks * 2 + item % num_blocks * 2) * block + tile
         tl.store(out, real.to(dtype))
         tl.store(out + block, imag.to(dtype))
@@ -460,10 +496,17 @@ def _blocks_forward_kernel(
     residual_spectrum_ptr, residual_skip_ptr, out_ptr, inner_ptr, tables_ptr, twiddle_ptr,
     channels, batch, length, plane, num_blocks, num_parts,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    # Pointers to the channel, so that offsets within it are small integers.
+    channel_start = channel * batch * length
+    if GATED:
+        projected_ptr += channel_start
+        if SAVE_INNER:
+            inner_ptr += channel_start
+    out_ptr += channel_start
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -472,7 +515,7 @@ def _blocks_forward_kernel(
         sequence = item // num_blocks
         index = item % num_blocks
         twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-        start = (channel * batch + sequence) * length
+        start = sequence * length
         offset = start + index * block + tile
         inside = index * block + tile < length
         out = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -488,7 +531,7 @@ def _blocks_forward_kernel(
             _, run = _places(0, ROWS, COLUMNS, 1, 8)
             run += index * block
             after = _stream(
-                projected_ptr, 1, channel, channels, start + run, run, run < length, length, plane, parameters
+                projected_ptr, 1, channel, channels, start + run, run, run < length, length, plane, parameters, MASKED
             )
             out += inner * after
         if RESIDUAL:
@@ -507,10 +550,20 @@ def _blocks_backward_kernel(
     projected_ptr, parameters, blocks_ptr, spectrum_ptr, skip_ptr, input_ptr, inner_ptr, grad_ptr,
     grad_short_ptr, grad_input_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr,
     channels, batch, length, plane, num_blocks, num_parts,
-    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    # Pointers to the channel, so that offsets within it are small integers.
+    channel_start = channel * batch * length
+    if GATED:
+        projected_ptr += channel_start
+        inner_ptr += channel_start
+        grad_short_ptr += channel_start
+    else:
+        input_ptr += channel_start
+        grad_input_ptr += channel_start
+    grad_ptr += channel_start
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     block: tl.constexpr = ROWS * COLUMNS
     tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -520,27 +573,31 @@ def _blocks_backward_kernel(
         sequence = item // num_blocks
         index = item % num_blocks
         twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-        start = (channel * batch + sequence) * length
+        start = sequence * length
         offset = start + index * block + tile
         inside = index * block + tile < length
         real, imag = _combine(
             blocks_ptr, spectrum_ptr, skip_ptr, channel, sequence, index, batch, num_blocks, True, ROWS, COLUMNS
         )
-        grad_x = _to_time(
-            real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION
-        )
+        grad_x = _to_time(real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION)
         grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         if GATED:
             inner = tl.load(inner_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-            tl.store(grad_short_ptr + offset + plane, (grad * inner).to(dtype), mask=inside)
+            tl.store(grad_short_ptr + plane + offset, (grad * inner).to(dtype), mask=inside)
             _, run = _places(0, ROWS, COLUMNS, 1, 8)
             run += index * block
             valid = run < length
-            grad *= _stream(projected_ptr, 1, channel, channels, start + run, run, valid, length, plane, parameters)
-            before = _stream(projected_ptr, 0, channel, channels, start + run, run, valid, length, plane, parameters)
-            value = _stream(projected_ptr, 2, channel, channels, start + run, run, valid, length, plane, parameters)
+            grad *= _stream(
+                projected_ptr, 1, channel, channels, start + run, run, valid, length, plane, parameters, MASKED
+            )
+            before = _stream(
+                projected_ptr, 0, channel, channels, start + run, run, valid, length, plane, parameters, MASKED
+            )
+            value = _stream(
+                projected_ptr, 2, channel, channels, start + run, run, valid, length, plane, parameters, MASKED
+            )
             tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=inside)
-            tl.store(grad_short_ptr + offset + plane + plane, (grad_x * before).to(dtype), mask=inside)
+            tl.store(grad_short_ptr + plane + plane + offset, (grad_x * before).to(dtype), mask=inside)
             x = before * value
         else:
             tl.store(grad_input_ptr + offset, grad_x.to(dtype), mask=inside)
@@ -686,7 +743,7 @@ def forward(
         _forward_kernel[(channels, num_parts)](
             projected, parameters, filter_spectrum, skip, x, residual_spectrum, residual_skip, out, inner,
             tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
-            **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=KEEP["forward"], PRECISION=precision,
+            **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=KEEP["forward"], MASKED=length % block != 0, PRECISION=precision,
             num_warps=WARPS["forward"], num_stages=1,
         )  # fmt: skip
         return out, inner
@@ -696,7 +753,7 @@ def forward(
     _blocks_forward_kernel[(channels, num_parts)](
         projected, parameters, blocks, filter_spectrum, skip, residual_blocks, residual_spectrum, residual_skip,
         out, inner, tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
-        **switches, ROWS=rows, COLUMNS=columns, PRECISION=precision, num_warps=WARPS["blocks"], num_stages=1,
+        **switches, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision, num_warps=WARPS["blocks"], num_stages=1,
     )  # fmt: skip
     return out, inner
 
@@ -720,7 +777,8 @@ def _blocks_to_frequency(
     out = empty(channels, batch, num_blocks, 2, rows, columns, dtype=like.dtype, device=like.device)
     _blocks_to_frequency_kernel[(channels, num_parts)](
         projected, parameters, x, x, out, tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
-        SOURCE=source, ROWS=rows, COLUMNS=columns, PRECISION=dot_precision(like.dtype), num_warps=WARPS["blocks"], num_stages=1,
+        SOURCE=source, ROWS=rows, COLUMNS=columns, MASKED=length % (rows * columns) != 0,
+        PRECISION=dot_precision(like.dtype), num_warps=WARPS["blocks"], num_stages=1,
     )  # fmt: skip
     return out
 
@@ -770,7 +828,7 @@ def _convolution_backward(
             projected, parameters, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_spectrum,
             grad_skip, tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
             GATED=gated is not None, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=KEEP["backward"],
-            PRECISION=precision, num_warps=WARPS["backward"], num_stages=1,
+            MASKED=length % block != 0, PRECISION=precision, num_warps=WARPS["backward"], num_stages=1,
         )  # fmt: skip
         return out, grad_spectrum.sum(1), grad_skip.sum(1)
     num_parts = _block_parts(channels, batch * num_blocks)
@@ -780,7 +838,7 @@ def _convolution_backward(
     _blocks_backward_kernel[(channels, num_parts)](
         projected, parameters, grad_blocks, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_skip,
         tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
-        GATED=gated is not None, ROWS=rows, COLUMNS=columns, PRECISION=precision, num_warps=WARPS["blocks"], num_stages=1,
+        GATED=gated is not None, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision, num_warps=WARPS["blocks"], num_stages=1,
     )  # fmt: skip
     grad_spectrum = empty(channels, num_distances, 2, rows, columns, dtype=torch.float32, device=grad.device)
     piece = min(1024, block)

@@ -47,6 +47,15 @@ def _forward_kernel(
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
+    # Pointers to the channel, so that offsets within it are small integers.
+    start = channel * batch * length
+    if GATED:
+        projected_ptr += start
+        if SAVE_INNER:
+            inner_ptr += start
+    if RESIDUAL:
+        input_ptr += start
+    out_ptr += start
     position = tl.arange(0, BLOCK)[None, :]
     if GATED:
         matrix = _toeplitz_tile(taps_ptr, skip_ptr, channel, length, False, BLOCK, dtype)
@@ -57,19 +66,20 @@ def _forward_kernel(
     for block in range(part, tl.cdiv(batch, ROWS), num_parts):
         sequence = block * ROWS + row
         valid = (sequence < batch) & (position < length)
-        offset = (channel * batch + sequence) * length
+        offset = sequence * length
         out = tl.zeros([ROWS, BLOCK], tl.float32)
         if GATED:
             in_batch = (sequence < batch) & (run >= 0)
-            z = short_convolve(projected_ptr, offset + run, run, in_batch, length, parameters, channel)
+            z = short_convolve(projected_ptr, offset + run, run, in_batch, length, parameters, channel, False)
             z *= short_convolve(
-                projected_ptr, offset + run + plane + plane, run, in_batch, length, parameters, channel + 2 * channels
-            )
+                projected_ptr + plane + plane, offset + run, run, in_batch, length, parameters, channel + 2 * channels,
+                False,
+            )  # fmt: skip
             inner = dot(z.to(dtype), matrix, None, PRECISION)
             if SAVE_INNER:
                 tl.store(inner_ptr + offset + position, inner.to(dtype), mask=valid)
             after = short_convolve(
-                projected_ptr, offset + run + plane, run, in_batch, length, parameters, channel + channels
+                projected_ptr + plane, offset + run, run, in_batch, length, parameters, channel + channels, False
             )
             out += inner * after
         if RESIDUAL:
@@ -90,6 +100,16 @@ def _backward_kernel(
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    # Pointers to the channel, so that offsets within it are small integers.
+    start = channel * batch * length
+    if GATED:
+        projected_ptr += start
+        inner_ptr += start
+        grad_short_ptr += start
+    if RESIDUAL:
+        input_ptr += start
+        grad_input_ptr += start
+    grad_ptr += start
     position = tl.arange(0, BLOCK)[None, :]
     if GATED:
         matrix = _toeplitz_tile(taps_ptr, skip_ptr, channel, length, True, BLOCK, dtype)
@@ -102,7 +122,7 @@ def _backward_kernel(
     for block in range(part, tl.cdiv(batch, ROWS), num_parts):
         sequence = block * ROWS + row
         valid = (sequence < batch) & (position < length)
-        offset = (channel * batch + sequence) * length
+        offset = sequence * length
         here = offset + position
         grad = tl.load(grad_ptr + here, mask=valid, other=0.0)
         if RESIDUAL:
@@ -114,20 +134,21 @@ def _backward_kernel(
             in_batch = (sequence < batch) & (run >= 0)
             inner = tl.load(inner_ptr + here, mask=valid, other=0.0).to(tl.float32)
             grad_after = grad.to(tl.float32) * inner
-            tl.store(grad_short_ptr + here + plane, grad_after.to(dtype), mask=valid)
+            tl.store(grad_short_ptr + plane + here, grad_after.to(dtype), mask=valid)
             after = short_convolve(
-                projected_ptr, offset + run + plane, run, in_batch, length, parameters, channel + channels
+                projected_ptr + plane, offset + run, run, in_batch, length, parameters, channel + channels, False
             )
             grad_inner = (grad.to(tl.float32) * after).to(dtype)
-            before = short_convolve(projected_ptr, offset + run, run, in_batch, length, parameters, channel)
+            before = short_convolve(projected_ptr, offset + run, run, in_batch, length, parameters, channel, False)
             value = short_convolve(
-                projected_ptr, offset + run + plane + plane, run, in_batch, length, parameters, channel + 2 * channels
-            )
+                projected_ptr + plane + plane, offset + run, run, in_batch, length, parameters, channel + 2 * channels,
+                False,
+            )  # fmt: skip
             z = (before * value).to(dtype)
             products = dot(tl.trans(z), grad_inner, products, PRECISION)
             grad_z = dot(grad_inner, matrix, None, PRECISION)
             tl.store(grad_short_ptr + here, (grad_z * value).to(dtype), mask=valid)
-            tl.store(grad_short_ptr + here + plane + plane, (grad_z * before).to(dtype), mask=valid)
+            tl.store(grad_short_ptr + plane + plane + here, (grad_z * before).to(dtype), mask=valid)
     tile = ((channel * num_parts + part) * BLOCK + tl.arange(0, BLOCK)[:, None]) * BLOCK + position
     if GATED:
         tl.store(products_ptr + tile, products)
@@ -250,4 +271,3 @@ def _diagonal_sums(products: Tensor, length: int) -> Tensor:
         products, out, length, num_parts, BLOCK=block, LAGS=2 * block, STEP=16, num_warps=4
     )
     return out
-
