@@ -11,7 +11,6 @@ The backward pass computes gates and values again from x, so that a training ste
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +37,7 @@ INTERPRETING = tl.constexpr(support.interpreting())
 class Config(NamedTuple):
     """How a kernel is cut into programs."""
 
-    variant: str  # forward: "tiles", "hold_x" or "hold_w"; backward: "tiles" or "fused"
+    variant: str  # forward: "tiles", "hold_x" or "hold_w"; backward: "tiles", "fused" or "hold_x"
     block_t: int  # tokens a tile
     block_n: int  # columns of the intermediate a tile
     block_k: int  # features of the input a step ("tiles" and "fused" only)
@@ -188,9 +187,7 @@ def gated_forward(
         grid = (token_tiles * pairs * column_tiles,)
         _forward_tiles[grid](*arguments, BLOCK_K=config.block_k, **common)
     else:
-        # Features are held whole, in one or two pieces whose widths are powers of two.
-        first = max(16, 1 << int(math.log2(in_block)))
-        second = 0 if in_block <= first else max(16, triton.next_power_of_2(in_block - first))
+        first, second = _pieces(in_block)
         holds_x = config.variant == "hold_x"
         splits = min(config.splits, column_tiles if holds_x else token_tiles)
         grid = (pairs * splits * (token_tiles if holds_x else column_tiles),)
@@ -218,7 +215,7 @@ def gated_backward(
         seed: that of the forward pass.
         dropout: that of the forward pass.
         config: how the kernel is cut; by default `backward_config`. In the variant "fused" it also computes the
-            intermediate's gradient, which "tiles" reads from a product before it.
+            intermediate's gradient, which the others read from a product before it.
 
     Returns:
         (num_blocks, tokens, 2 * inner_block), by input block: gates' gradients in the first half of the blocks, values'
@@ -236,29 +233,41 @@ def gated_backward(
         inner = torch.bmm(grad, output_weight)
     if not inner.numel():
         return grad_wide, inner
-    grid = (triton.cdiv(tokens, config.block_t) * num_blocks * triton.cdiv(inner_block, config.block_n),)
-    _backward_tiles[grid](
-        x,
-        input_weight.contiguous(),
-        inner,
-        seed,
-        tokens,
-        x.stride(0),
-        x.stride(1),
-        grad,
-        *grad.stride(),
-        output_weight.contiguous(),
-        grad_wide,
-        OUT=output_weight.shape[1],
-        FUSED=fused,
-        BLOCK_K=config.block_k,
-        BLOCK_T=config.block_t,
-        BLOCK_N=config.block_n,
-        num_warps=config.warps,
-        num_stages=config.stages,
+    common: dict[str, Any] = {
         **_constants(x.dtype, input_weight, dropout, config),
-    )
+        "BLOCK_T": config.block_t,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    arguments = (x, input_weight.contiguous(), inner, seed, tokens, x.stride(0), x.stride(1))
+    token_tiles, column_tiles = triton.cdiv(tokens, config.block_t), 2 * triton.cdiv(inner_block, config.block_n)
+    pairs = num_blocks // 2
+    if config.variant == "hold_x":
+        first, second = _pieces(in_block)
+        splits = min(config.splits, column_tiles)
+        grid = (pairs * splits * token_tiles,)
+        _backward_hold_x[grid](*arguments, grad_wide, K1=first, K2=second, SPLITS=splits, **common)
+    else:
+        grid = (token_tiles * pairs * column_tiles,)
+        _backward_tiles[grid](
+            *arguments,
+            grad,
+            *grad.stride(),
+            output_weight.contiguous(),
+            grad_wide,
+            OUT=output_weight.shape[1],
+            FUSED=fused,
+            BLOCK_K=config.block_k,
+            **common,
+        )
     return grad_wide, inner
+
+
+def _pieces(in_block: int) -> tuple[int, int]:
+    """Return the widths, powers of two, of one or two pieces in which an input block is held."""
+    first = max(16, 1 << (in_block.bit_length() - 1))
+    return first, 0 if in_block <= first else max(16, triton.next_power_of_2(in_block - first))
 
 
 def _constants(dtype: torch.dtype, input_weight: Tensor, dropout: float, config: Config) -> dict[str, Any]:
@@ -464,6 +473,61 @@ def _forward_tiles(
 
 
 @triton.jit
+def _held_x(x_ptr, rows, pair, x_t, x_c, PAIRS: tl.constexpr, IN: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr):
+    """Load the pair's two input blocks whole, in pieces of K1 and K2 features; without K2 the first piece twice."""
+    gate_x = x_ptr + pair * IN * x_c
+    value_x = gate_x + PAIRS * IN * x_c
+    k1 = tl.arange(0, K1)
+    gate_x1 = _load_tile(gate_x, rows, x_t, k1, x_c, IN, K1)
+    value_x1 = _load_tile(value_x, rows, x_t, k1, x_c, IN, K1)
+    if K2 > 0:
+        k2 = K1 + tl.arange(0, K2)
+        gate_x2 = _load_tile(gate_x, rows, x_t, k2, x_c, IN, K2)
+        value_x2 = _load_tile(value_x, rows, x_t, k2, x_c, IN, K2)
+    else:
+        gate_x2, value_x2 = gate_x1, value_x1
+    return gate_x1, value_x1, gate_x2, value_x2
+
+
+@triton.jit
+def _gates_and_values_of_held(
+    gate_x1,
+    value_x1,
+    gate_x2,
+    value_x2,
+    w_ptr,
+    columns,
+    pair,
+    PAIRS: tl.constexpr,
+    INNER: tl.constexpr,
+    IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+):
+    """Return gates and values (BLOCK_T, BLOCK_N) of what `_held_x` loaded."""
+    gate_w = w_ptr + pair * (2 * INNER * IN)
+    value_w = gate_w + PAIRS * 2 * INNER * IN
+    gates = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    values = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if K2 > 0:
+        # The smaller piece first: the compiler waits for all but the last product into each sum.
+        k2 = K1 + tl.arange(0, K2)
+        gate_w2 = _load_tile(gate_w, columns, IN, k2, 1, IN, K2)
+        value_w2 = _load_tile(value_w, columns, IN, k2, 1, IN, K2)
+        gates = _dot(gate_x2, tl.trans(gate_w2), gates, PRECISION)
+        values = _dot(value_x2, tl.trans(value_w2), values, PRECISION)
+    k1 = tl.arange(0, K1)
+    gate_w1 = _load_tile(gate_w, columns, IN, k1, 1, IN, K1)
+    value_w1 = _load_tile(value_w, columns, IN, k1, 1, IN, K1)
+    gates = _dot(gate_x1, tl.trans(gate_w1), gates, PRECISION)
+    values = _dot(value_x1, tl.trans(value_w1), values, PRECISION)
+    return gates, values
+
+
+@triton.jit
 def _forward_hold_x(
     x_ptr,
     w_ptr,
@@ -485,39 +549,54 @@ def _forward_hold_x(
     K2: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """A program keeps the inputs of its tokens and walks a part of the columns: half the traffic of tiles."""
+    """A program keeps the inputs of its tokens and walks a part of the columns: half the traffic of tiles.
+
+    A tile's GELU comes after the next tile's products were started, which then run beside it.
+    """
     TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (2 * TILES + SPLITS - 1) // SPLITS
     program = tl.program_id(0)
     split = program % SPLITS
     pair = program // SPLITS % PAIRS
     tokens = (program // (SPLITS * PAIRS)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    rows = tl.minimum(tokens, num_tokens - 1)
-    k1 = tl.arange(0, K1)
-    gate_x = x_ptr + pair * IN * x_c
-    value_x = gate_x + PAIRS * IN * x_c
-    gate_w = w_ptr + pair * (2 * INNER * IN)
-    value_w = gate_w + PAIRS * 2 * INNER * IN
-    gate_x1 = _load_tile(gate_x, rows, x_t, k1, x_c, IN, K1)
-    value_x1 = _load_tile(value_x, rows, x_t, k1, x_c, IN, K1)
-    if K2 > 0:
-        k2 = K1 + tl.arange(0, K2)
-        gate_x2 = _load_tile(gate_x, rows, x_t, k2, x_c, IN, K2)
-        value_x2 = _load_tile(value_x, rows, x_t, k2, x_c, IN, K2)
-    for tile in range(split * STEPS, min((split + 1) * STEPS, 2 * TILES)):
-        half = tile // TILES
-        column = tile % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-        columns = half * INNER + tl.minimum(column, INNER - 1)
-        gate_w1 = _load_tile(gate_w, columns, IN, k1, 1, IN, K1)
-        value_w1 = _load_tile(value_w, columns, IN, k1, 1, IN, K1)
-        gates = _dot(gate_x1, tl.trans(gate_w1), tl.zeros((BLOCK_T, BLOCK_N), tl.float32), PRECISION)
-        values = _dot(value_x1, tl.trans(value_w1), tl.zeros((BLOCK_T, BLOCK_N), tl.float32), PRECISION)
-        if K2 > 0:
-            gate_w2 = _load_tile(gate_w, columns, IN, k2, 1, IN, K2)
-            value_w2 = _load_tile(value_w, columns, IN, k2, 1, IN, K2)
-            gates = _dot(gate_x2, tl.trans(gate_w2), gates, PRECISION)
-            values = _dot(value_x2, tl.trans(value_w2), values, PRECISION)
-        block = 2 * pair + half
+    gate_x1, value_x1, gate_x2, value_x2 = _held_x(
+        x_ptr, tl.minimum(tokens, num_tokens - 1), pair, x_t, x_c, PAIRS, IN, K1, K2
+    )
+    lanes = tl.arange(0, BLOCK_N)
+    first = split * STEPS
+    last = min(first + STEPS, 2 * TILES)
+    gates = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    values = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for tile in range(first, last):
+        columns = tile // TILES * INNER + tl.minimum(tile % TILES * BLOCK_N + lanes, INNER - 1)
+        next_gates, next_values = _gates_and_values_of_held(
+            gate_x1,
+            value_x1,
+            gate_x2,
+            value_x2,
+            w_ptr,
+            columns,
+            pair,
+            PAIRS,
+            INNER,
+            IN,
+            PRECISION,
+            BLOCK_T,
+            BLOCK_N,
+            K1,
+            K2,
+        )
+        if tile > first:
+            column = (tile - 1) % TILES * BLOCK_N + lanes
+            block = 2 * pair + (tile - 1) // TILES
+            _store_inner(
+                gates, values, inner_ptr, seed_ptr, tokens, num_tokens, column, block, INNER, GELU, DROP_BELOW, SCALE
+            )
+        gates = next_gates
+        values = next_values
+    if last > first:
+        column = (last - 1) % TILES * BLOCK_N + lanes
+        block = 2 * pair + (last - 1) // TILES
         _store_inner(
             gates, values, inner_ptr, seed_ptr, tokens, num_tokens, column, block, INNER, GELU, DROP_BELOW, SCALE
         )
@@ -638,9 +717,6 @@ def _backward_tiles(
         BLOCK_N,
         BLOCK_K,
     )
-    rows = block.to(tl.int64) * num_tokens + tokens
-    mask = (tokens < num_tokens)[:, None] & (column < INNER)[None, :]
-    pointers = inner_ptr + rows[:, None] * INNER + column[None, :]
     if FUSED:
         grad = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for start in range(0, OUT, BLOCK_K):
@@ -652,7 +728,156 @@ def _backward_tiles(
             )
             grad = _dot(dy, w, grad, PRECISION)
     else:
+        rows = block.to(tl.int64) * num_tokens + tokens
+        mask = (tokens < num_tokens)[:, None] & (column < INNER)[None, :]
+        pointers = inner_ptr + rows[:, None] * INNER + column[None, :]
         grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    _store_gradients(
+        gates,
+        values,
+        grad,
+        inner_ptr,
+        grad_wide_ptr,
+        seed_ptr,
+        tokens,
+        num_tokens,
+        column,
+        pair,
+        half,
+        PAIRS,
+        INNER,
+        GELU,
+        DROP_BELOW,
+        SCALE,
+    )
+
+
+@triton.jit
+def _backward_hold_x(
+    x_ptr,
+    w_ptr,
+    inner_ptr,  # the intermediate's gradient, and then the intermediate
+    seed_ptr,
+    num_tokens,
+    x_t,
+    x_c,
+    grad_wide_ptr,
+    PAIRS: tl.constexpr,
+    INNER: tl.constexpr,
+    IN: tl.constexpr,
+    GELU: tl.constexpr,
+    DROP_BELOW: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """What `_backward_tiles` does, in the manner of `_forward_hold_x`."""
+    TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
+    STEPS: tl.constexpr = (2 * TILES + SPLITS - 1) // SPLITS
+    program = tl.program_id(0)
+    split = program % SPLITS
+    pair = program // SPLITS % PAIRS
+    tokens = (program // (SPLITS * PAIRS)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    gate_x1, value_x1, gate_x2, value_x2 = _held_x(
+        x_ptr, tl.minimum(tokens, num_tokens - 1), pair, x_t, x_c, PAIRS, IN, K1, K2
+    )
+    lanes = tl.arange(0, BLOCK_N)
+    first = split * STEPS
+    last = min(first + STEPS, 2 * TILES)
+    gates = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    values = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    grad = tl.zeros((BLOCK_T, BLOCK_N), inner_ptr.dtype.element_ty)
+    for tile in range(first, last):
+        column = tile % TILES * BLOCK_N + lanes
+        rows = (2 * pair + tile // TILES).to(tl.int64) * num_tokens + tokens
+        mask = (tokens < num_tokens)[:, None] & (column < INNER)[None, :]
+        next_grad = tl.load(inner_ptr + rows[:, None] * INNER + column[None, :], mask=mask, other=0.0)
+        next_gates, next_values = _gates_and_values_of_held(
+            gate_x1,
+            value_x1,
+            gate_x2,
+            value_x2,
+            w_ptr,
+            tile // TILES * INNER + tl.minimum(column, INNER - 1),
+            pair,
+            PAIRS,
+            INNER,
+            IN,
+            PRECISION,
+            BLOCK_T,
+            BLOCK_N,
+            K1,
+            K2,
+        )
+        if tile > first:
+            _store_gradients(
+                gates,
+                values,
+                grad.to(tl.float32),
+                inner_ptr,
+                grad_wide_ptr,
+                seed_ptr,
+                tokens,
+                num_tokens,
+                (tile - 1) % TILES * BLOCK_N + lanes,
+                pair,
+                (tile - 1) // TILES,
+                PAIRS,
+                INNER,
+                GELU,
+                DROP_BELOW,
+                SCALE,
+            )
+        gates = next_gates
+        values = next_values
+        grad = next_grad
+    if last > first:
+        _store_gradients(
+            gates,
+            values,
+            grad.to(tl.float32),
+            inner_ptr,
+            grad_wide_ptr,
+            seed_ptr,
+            tokens,
+            num_tokens,
+            (last - 1) % TILES * BLOCK_N + lanes,
+            pair,
+            (last - 1) // TILES,
+            PAIRS,
+            INNER,
+            GELU,
+            DROP_BELOW,
+            SCALE,
+        )
+
+
+@triton.jit
+def _store_gradients(
+    gates,
+    values,
+    grad,
+    inner_ptr,
+    grad_wide_ptr,
+    seed_ptr,
+    tokens,
+    num_tokens,
+    column,
+    pair,
+    half,
+    PAIRS: tl.constexpr,
+    INNER: tl.constexpr,
+    GELU: tl.constexpr,
+    DROP_BELOW: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """Write gates' and values' gradients and the intermediate, given its gradient; only what is inside."""
+    rows = (2 * pair + half).to(tl.int64) * num_tokens + tokens
+    mask = (tokens < num_tokens)[:, None] & (column < INNER)[None, :]
     cdf = _normal_cdf(gates, GELU)
     activated = gates * cdf
     inner = activated * values
@@ -661,7 +886,7 @@ def _backward_tiles(
         inner = tl.where(keep, inner * SCALE, 0.0)
         grad = tl.where(keep, grad * SCALE, 0.0)
     dtype = inner_ptr.dtype.element_ty
-    tl.store(pointers, inner.to(dtype), mask=mask)
+    tl.store(inner_ptr + rows[:, None] * INNER + column[None, :], inner.to(dtype), mask=mask)
     wide = (pair.to(tl.int64) * num_tokens + tokens)[:, None] * (2 * INNER) + half * INNER + column[None, :]
     tl.store(grad_wide_ptr + wide, (grad * values * _gelu_slope(gates, cdf, GELU)).to(dtype), mask=mask)
     wide += tl.cast(num_tokens, tl.int64) * (2 * INNER * PAIRS)

@@ -33,18 +33,21 @@ class Config(NamedTuple):
 
 def forward_config(width: int, channels_first: bool) -> Config:
     """Return the forward kernel's configuration."""
-    return _config(width, channels_first)
+    block = triton.next_power_of_2(width)
+    if channels_first:  # as many tokens as registers allow: that is how far writes are contiguous
+        return Config(max(1, min(32, 32768 // block)), 16 if block > 512 else 8)
+    return _rows_config(block)
 
 
 def backward_config(width: int, channels_first: bool) -> Config:
     """Return the backward kernel's configuration; `channels_first` is the layout of the gradient that comes in."""
-    return _config(width, channels_first)
-
-
-def _config(width: int, channels_first: bool) -> Config:
     block = triton.next_power_of_2(width)
-    if channels_first:  # as many tokens as registers allow: that is how far writes (or reads) are contiguous
-        return Config(max(1, min(32, 32768 // block)), 8 if block <= 2048 else 16)
+    if channels_first:
+        return Config(max(1, min(16, 16384 // block)), 8 if block <= 4096 else 16)
+    return _rows_config(block)
+
+
+def _rows_config(block: int) -> Config:
     return Config(max(1, min(16, 4096 // block)), 4 if block <= 4096 else 8)
 
 
@@ -355,7 +358,7 @@ def _forward(
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_each"])  # else some batch sizes would compile it again
 def _backward_kernel(
     y_ptr,
     y_b,

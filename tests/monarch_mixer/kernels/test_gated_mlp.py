@@ -71,8 +71,8 @@ def test_every_variant(dtype, dropout, gelu, device):
         assert_close(other, inner, dtype, f"{variant}, {splits}")
     grad_wide, inner_again = kernels.gated_backward(grad, x, input_weight, output_weight, seed, dropout)
     assert_close(inner_again, inner, dtype)
-    for variant in ("tiles", "fused"):
-        config = Config(variant, 32, 16, 16, 4, 2, gelu=gelu)
+    for variant, splits in (("tiles", 1), ("fused", 1), ("hold_x", 1), ("hold_x", 3)):
+        config = Config(variant, 32, 16, 16, 4, 2, splits, gelu)
         others = kernels.gated_backward(grad, x, input_weight, output_weight, seed, dropout, config)
         assert_close(others[0], grad_wide, dtype, variant)
         assert_close(others[1], inner, dtype, variant)

@@ -80,7 +80,7 @@ def test_either_layout_comes_in(channels_first, device):
 @pytest.mark.parametrize("block_t", [1, 4, 16])
 def test_programs_with_several_tiles(block_t, device, monkeypatch):
     monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
-    monkeypatch.setattr(kernels, "_config", lambda *_: Config(block_t, 4))
+    monkeypatch.setattr(kernels, "backward_config", lambda *_, **__: Config(block_t, 4))
     check(*make(32, 50, torch.float32, device), torch.float32)
 
 
