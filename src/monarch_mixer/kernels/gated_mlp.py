@@ -513,7 +513,6 @@ def _gates_and_values_of_held(
     gates = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     values = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     if K2 > 0:
-        # The smaller piece first: the compiler waits for all but the last product into each sum.
         k2 = K1 + tl.arange(0, K2)
         gate_w2 = _load_tile(gate_w, columns, IN, k2, 1, IN, K2)
         value_w2 = _load_tile(value_w, columns, IN, k2, 1, IN, K2)
@@ -551,7 +550,7 @@ def _forward_hold_x(
 ):
     """A program keeps the inputs of its tokens and walks a part of the columns: half the traffic of tiles.
 
-    A tile's GELU comes after the next tile's products were started, which then run beside it.
+    Starting a tile's products before the last tile's GELU was tried: ptxas then serialises the products (C7514).
     """
     TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (2 * TILES + SPLITS - 1) // SPLITS
@@ -563,13 +562,10 @@ def _forward_hold_x(
         x_ptr, tl.minimum(tokens, num_tokens - 1), pair, x_t, x_c, PAIRS, IN, K1, K2
     )
     lanes = tl.arange(0, BLOCK_N)
-    first = split * STEPS
-    last = min(first + STEPS, 2 * TILES)
-    gates = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    values = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for tile in range(first, last):
-        columns = tile // TILES * INNER + tl.minimum(tile % TILES * BLOCK_N + lanes, INNER - 1)
-        next_gates, next_values = _gates_and_values_of_held(
+    for tile in range(split * STEPS, min((split + 1) * STEPS, 2 * TILES)):
+        column = tile % TILES * BLOCK_N + lanes
+        columns = tile // TILES * INNER + tl.minimum(column, INNER - 1)
+        gates, values = _gates_and_values_of_held(
             gate_x1,
             value_x1,
             gate_x2,
@@ -586,17 +582,7 @@ def _forward_hold_x(
             K1,
             K2,
         )
-        if tile > first:
-            column = (tile - 1) % TILES * BLOCK_N + lanes
-            block = 2 * pair + (tile - 1) // TILES
-            _store_inner(
-                gates, values, inner_ptr, seed_ptr, tokens, num_tokens, column, block, INNER, GELU, DROP_BELOW, SCALE
-            )
-        gates = next_gates
-        values = next_values
-    if last > first:
-        column = (last - 1) % TILES * BLOCK_N + lanes
-        block = 2 * pair + (last - 1) // TILES
+        block = 2 * pair + tile // TILES
         _store_inner(
             gates, values, inner_ptr, seed_ptr, tokens, num_tokens, column, block, INNER, GELU, DROP_BELOW, SCALE
         )
@@ -786,17 +772,12 @@ def _backward_hold_x(
         x_ptr, tl.minimum(tokens, num_tokens - 1), pair, x_t, x_c, PAIRS, IN, K1, K2
     )
     lanes = tl.arange(0, BLOCK_N)
-    first = split * STEPS
-    last = min(first + STEPS, 2 * TILES)
-    gates = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    values = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    grad = tl.zeros((BLOCK_T, BLOCK_N), inner_ptr.dtype.element_ty)
-    for tile in range(first, last):
+    for tile in range(split * STEPS, min((split + 1) * STEPS, 2 * TILES)):
         column = tile % TILES * BLOCK_N + lanes
         rows = (2 * pair + tile // TILES).to(tl.int64) * num_tokens + tokens
         mask = (tokens < num_tokens)[:, None] & (column < INNER)[None, :]
-        next_grad = tl.load(inner_ptr + rows[:, None] * INNER + column[None, :], mask=mask, other=0.0)
-        next_gates, next_values = _gates_and_values_of_held(
+        grad = tl.load(inner_ptr + rows[:, None] * INNER + column[None, :], mask=mask, other=0.0)
+        gates, values = _gates_and_values_of_held(
             gate_x1,
             value_x1,
             gate_x2,
@@ -813,29 +794,6 @@ def _backward_hold_x(
             K1,
             K2,
         )
-        if tile > first:
-            _store_gradients(
-                gates,
-                values,
-                grad.to(tl.float32),
-                inner_ptr,
-                grad_wide_ptr,
-                seed_ptr,
-                tokens,
-                num_tokens,
-                (tile - 1) % TILES * BLOCK_N + lanes,
-                pair,
-                (tile - 1) // TILES,
-                PAIRS,
-                INNER,
-                GELU,
-                DROP_BELOW,
-                SCALE,
-            )
-        gates = next_gates
-        values = next_values
-        grad = next_grad
-    if last > first:
         _store_gradients(
             gates,
             values,
@@ -845,9 +803,9 @@ def _backward_hold_x(
             seed_ptr,
             tokens,
             num_tokens,
-            (last - 1) % TILES * BLOCK_N + lanes,
+            column,
             pair,
-            (last - 1) // TILES,
+            tile // TILES,
             PAIRS,
             INNER,
             GELU,
