@@ -29,3 +29,10 @@ def run(function, inputs, grad):
     out = function(*inputs)
     out.backward(grad)
     return [out.detach(), *(tensor.grad for tensor in inputs)]
+
+
+def assert_repeatable(function, inputs, grad, results):
+    """A second run gives the same bits; the interpreter's could not differ."""
+    if inputs[0].is_cuda:
+        again = run(function, inputs, grad)
+        assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,7 +7,7 @@ import torch.nn.functional as F
 from monarch_mixer import DimensionMixer
 from monarch_mixer.kernels import gated_mlp as kernels
 from monarch_mixer.kernels.gated_mlp import Config, gated_mlp
-from tests.monarch_mixer.kernels.support import DTYPES, assert_close, in_double, relative_error, run
+from tests.monarch_mixer.kernels.support import DTYPES, assert_close, assert_repeatable, in_double, relative_error, run
 
 MASK32 = 0xFFFFFFFF
 
@@ -35,12 +37,11 @@ def check(inputs, grad, dtype, function=lambda *inputs: gated_mlp(*inputs, 0.0),
     for what, result, value in zip(("output", "x", "input_weight", "output_weight"), results, expected, strict=True):
         assert result.dtype == dtype
         assert_close(result, value, dtype, what)
-    again = run(function, inputs, grad)
-    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+    assert_repeatable(function, inputs, grad, results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "tokens"), [(32, 63), (48, 3), (96, 129), (32, 1)])
+@pytest.mark.parametrize(("width", "tokens"), [(32, 63), (48, 3), (96, 65), (32, 1)])
 def test_outputs_and_gradients(width, tokens, dtype, device):
     check(*make(width, tokens, dtype, device), dtype)
 
@@ -48,8 +49,8 @@ def test_outputs_and_gradients(width, tokens, dtype, device):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 500])
-@pytest.mark.parametrize("width", [768, 960, 1536, 1792])
+@pytest.mark.parametrize("tokens", [1, 129, 500])
+@pytest.mark.parametrize("width", [32, 96, 768, 960, 1536, 1792])
 def test_outputs_and_gradients_of_real_sizes(width, tokens, dtype):
     check(*make(width, tokens, dtype, "cuda"), dtype)
 
@@ -116,20 +117,20 @@ def keep_mask(seed, rows, columns, dropout):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_is_the_seeds_mask_in_both_directions(dtype, device, monkeypatch):
-    inputs, grad = make(32, 65, dtype, device)
+    inputs, grad = make(32, 35, dtype, device)
     seed = 0x1234_5678_9ABC_DEF0
     monkeypatch.setattr(torch, "randint", lambda *_, device, **__: torch.tensor([seed], device=device))
-    keep = keep_mask(seed, 4 * 65, 32, 0.25).view(4, 65, 32).to(device)
+    keep = keep_mask(seed, 4 * 35, 32, 0.25).view(4, 35, 32).to(device)
     check(inputs, grad, dtype, lambda *inputs: gated_mlp(*inputs, 0.25), keep / 0.75)
     inner = kernels.gated_forward(inputs[0], inputs[1], torch.tensor([seed], device=device), 0.25)
     assert torch.equal(inner != 0, keep & (inner != 0)) and (inner != 0).sum() > 0.99 * keep.sum()
 
 
-@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dropout", [0.1, 0.6])
 def test_dropout_drops_at_its_rate_and_differs_between_seeds(dropout, device):
-    (x, *weights), _ = make(96, 200, torch.float32, device)
+    (x, *weights), _ = make(48, 100, torch.float32, device)
     kept = []
-    for seed in (0, 1, 2**32, 2**33 + 1):
+    for seed in (0, 1, 2**32):
         inner = kernels.gated_forward(x, weights[0], torch.tensor([seed], device=device), dropout)
         kept.append((inner != 0).double())
         for axis in ((0, 1), (0, 2), (1, 2), (0, 1, 2)):
@@ -199,25 +200,23 @@ def test_registration(device):
     torch.library.opcheck(kernels._gated_mlp, (*inputs, torch.tensor([3], device=device), 0.1), test_utils=checks)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_compiled_in_one_graph(dropout, device):
-    inputs, grad = make(32, 40, torch.float32, device)
+def test_compiled_in_one_graph(device):
+    inputs, grad = make(32, 12, torch.float32, device)
 
-    def function(*inputs):
+    def function(dropout, *inputs):
         return gated_mlp(*inputs, dropout).sin()
 
     torch._dynamo.reset()
     backend = "inductor" if device == "cuda" else "aot_eager"
     compiled = torch.compile(function, fullgraph=True, backend=backend)
-    torch.manual_seed(3)
-    results = run(compiled, inputs, grad)
-    torch.manual_seed(3)
-    expected = run(function, inputs, grad)
-    # Inductor draws other seeds than eager PyTorch.
-    if device == "cpu" or not dropout:
-        assert all(relative_error(a, b) < 1e-5 for a, b in zip(results, expected, strict=True))
-    torch.manual_seed(3)
-    assert all(torch.equal(a, b) for a, b in zip(results, run(compiled, inputs, grad), strict=True))
+    for dropout in (0.4, 0.0) if device == "cuda" else (0.4,):
+        results = []
+        for version in (compiled, compiled, function):
+            torch.manual_seed(3)
+            results.append(run(partial(version, dropout), inputs, grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results[:2], strict=True))
+        if device == "cpu" or not dropout:  # Inductor draws other seeds than eager PyTorch
+            assert all(relative_error(a, b) < 1e-5 for a, b in zip(*results[1:], strict=True))
 
 
 def test_mistakes_are_named():

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from monarch_mixer import normalization
 from monarch_mixer.kernels import layer_norm as kernels
 from monarch_mixer.kernels.layer_norm import Config, block_layer_norm
-from tests.monarch_mixer.kernels.support import DTYPES, assert_close, in_double, relative_error, run
+from tests.monarch_mixer.kernels.support import DTYPES, assert_close, assert_repeatable, in_double, relative_error, run
 
 NAMES = ("output", "weight", "shift", "y", "bias", "x")
 
@@ -37,13 +37,12 @@ def check(inputs, grad, dtype, names=NAMES, eps=1e-5, channels_first=False):
     assert (results[0].t() if channels_first else results[0]).is_contiguous()
     for what, result, value in zip(names, results, expected, strict=True):
         assert_close(result, value, dtype, what)
-    again = run(function, inputs, grad)
-    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+    assert_repeatable(function, inputs, grad, results)
 
 
 @pytest.mark.parametrize("channels_first", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "tokens"), [(32, 1), (48, 3), (96, 63), (768, 129), (1792, 5)])
+@pytest.mark.parametrize(("width", "tokens"), [(32, 1), (48, 3), (96, 63), (960, 33), (1792, 5)])
 def test_outputs_and_gradients(width, tokens, dtype, channels_first, device):
     check(*make(width, tokens, dtype, device), dtype, channels_first=channels_first)
 
@@ -52,7 +51,7 @@ def test_outputs_and_gradients(width, tokens, dtype, channels_first, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("channels_first", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 500, 20_000])
+@pytest.mark.parametrize("tokens", [1, 129, 500, 20_000])
 @pytest.mark.parametrize("width", [768, 960, 1536, 1792, 8192])
 def test_outputs_and_gradients_of_real_sizes(width, tokens, dtype, channels_first):
     check(*make(width, tokens, dtype, "cuda"), dtype, channels_first=channels_first)
@@ -81,7 +80,7 @@ def test_either_layout_comes_in(channels_first, device):
 def test_programs_with_several_tiles(block_t, device, monkeypatch):
     monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
     monkeypatch.setattr(kernels, "backward_config", lambda *_, **__: Config(block_t, 4))
-    check(*make(32, 50, torch.float32, device), torch.float32)
+    check(*make(32, 23, torch.float32, device), torch.float32)
 
 
 def test_constant_and_large_rows(device):
