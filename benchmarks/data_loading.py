@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from machine import write_figures
-from streaming import MDSWriter
+from synthetic_shards import write_shards
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from torch.utils.data import DataLoader, Dataset
@@ -49,32 +49,6 @@ def make_tokenizer(texts: list[str], vocab: str | None, length: int) -> Tokenize
         tokenizer.train_from_iterator(texts[:2000], vocab_size=8192, show_progress=False)
     tokenizer.enable_truncation(length)
     return tokenizer
-
-
-def write_shards(folder: Path, tokenizer: Tokenizer, samples: int, length: int) -> None:
-    """Write random samples of exactly `length` tokens, as `prepare` does in its concat layout."""
-    ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL.items()}
-    size = tokenizer.get_vocab_size()
-    tokens = np.random.default_rng(SEED).integers(0, size, (samples, length), dtype=np.uint16)
-    tokens[:, 0], tokens[:, -1] = ids["cls"], ids["sep"]
-    with MDSWriter(out=str(folder), columns={"input_ids": "ndarray:uint16"}) as out:
-        for row in tokens:
-            out.write({"input_ids": row})
-    DatasetMetadata(
-        layout="concat",
-        seq_len=length,
-        token_dtype="uint16",
-        tokenizer_name="benchmark",
-        tokenizer_fingerprint="benchmark",
-        vocab_size=size,
-        special_token_ids=ids,
-        source={"kind": "random"},
-        num_samples=samples,
-        num_tokens=tokens.size,
-        num_documents=samples,
-        num_skipped_documents=0,
-        unigram_entropy_nats=float(np.log(size)),
-    ).save(folder)
 
 
 class Texts(Dataset):
@@ -140,7 +114,14 @@ def main() -> None:
     texts = make_texts(args.length)
     tokenizer = make_tokenizer(texts, args.vocab, args.length)
     with tempfile.TemporaryDirectory(prefix="data_loading_") as folder:
-        write_shards(Path(folder), tokenizer, args.samples, args.length)
+        write_shards(
+            Path(folder),
+            args.samples,
+            args.length,
+            vocabulary=tokenizer.get_vocab_size(),
+            special_ids={name: tokenizer.token_to_id(token) for name, token in SPECIAL.items()},
+            seed=SEED,
+        )
         config = LoaderConfig(
             dataset=DatasetConfig(local=folder, shuffle=True, mlm_probability=RATE), num_workers=args.workers
         )

@@ -239,7 +239,7 @@ def forward_flops_per_token(model: MaskedLanguageModel, length: int) -> float:
         layer = 2.0 * _dimension_mixer_weights(config)
         if config.monarch_mixer_sequence_mixing:
             convolutions = 2 if config.residual_long_conv else 1
-            layer += 2 * 4 * width**2 + 2 * 3 * 3 * width + convolutions * width * _fft_convolution_flops(length)
+            layer += 2 * 4 * width**2 + 2 * 3 * 3 * width + convolutions * width * fft_convolution_flops(length)
         else:
             layer += 2 * 4 * width**2 + 4 * length * width
     else:
@@ -261,7 +261,7 @@ def _dimension_mixer_weights(config: M2BertConfig) -> int:
     return weights(width, inner) + weights(config.intermediate_size, width)
 
 
-def _fft_convolution_flops(length: int) -> float:
+def fft_convolution_flops(length: int) -> float:
     """Operations per token and channel: a real FFT of 2 * length points, its inverse, and the product between."""
     points = 2 * length
     transform = 2.5 * points * math.log2(points)

@@ -83,6 +83,7 @@ class TrainConfig:
     device: str | None = None  # cpu, gpu or mps; null: a GPU where there is one
     precision: str = "amp_bf16"  # fp32, amp_bf16 or amp_fp16; on a CPU amp_* becomes fp32
     compile: Any = False  # true, or arguments of torch.compile
+    kernels: bool = True  # Triton kernels where the GPU supports them; false: plain PyTorch, to compare
     parallelism_config: dict[str, Any] | None = None  # Composer's: {fsdp: {...}}; null: data parallel
     deterministic: bool = False  # deterministic kernels only: slower
     dist_timeout: float = 600.0  # seconds until a collective that hangs is an error

@@ -32,6 +32,7 @@ from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, TrainingDiv
 from bert.recipe.resume import check_checkpoint, run_folder, starting_point
 from bert.recipe.schema import RECIPE_FOLDER, TrainConfig, load_config, to_yaml
 from bert.safe_loading import safe_loading
+from monarch_mixer.kernels import use_kernels
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,11 @@ def train(config: TrainConfig) -> TrainResult:
         RecipeError: anything in the recipe, the data or the checkpoint that does not fit, before training starts.
         TrainingDivergedError: the loss or the weights are not finite.
     """
+    with use_kernels(config.kernels):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> TrainResult:
     builders.check_config(config)
     _configure_logging(config)
     device = _device(config)

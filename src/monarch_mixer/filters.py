@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -120,17 +121,22 @@ class ImplicitFilter(nn.Module):
         self.frequency.fill_(self.sine_frequency)
         self.skip.normal_()
 
-    def forward(self, length: int) -> tuple[Tensor, Tensor | None]:
+    def check_length(self, length: int) -> None:
+        """Raise ValueError where `length` is over `max_length`."""
+        if length > self.max_length:
+            raise ValueError(f"{length} positions, but the filter was made for at most {self.max_length}")
+
+    def forward(self, length: int, cache: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return the forward and the backward taps, each (length, channels) in fp32 (fp64 for an fp64 model).
 
-        Backward taps are None for a causal filter; their row j is lag -(j + 1).
+        Backward taps are None for a causal filter; their row j is lag -(j + 1). `cache` says whether they may be kept
+        in evaluation.
 
         Raises:
             ValueError: `length` is over `max_length`.
         """
-        if length > self.max_length:
-            raise ValueError(f"{length} positions, but the filter was made for at most {self.max_length}")
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        self.check_length(length)
+        if not cache or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._cached_taps = None
             return self._compute_taps(length)
         key = self._state_key(length)
@@ -154,12 +160,52 @@ class ImplicitFilter(nn.Module):
                 return forward_taps, None
             return forward_taps, self.backward_network(features, frequency) * decay
 
+    def tensors(self) -> list[Tensor]:
+        """Return all that the taps depend on, in the order of `two_sided_taps`."""
+        networks = [self.forward_network, *([] if self.backward_network is None else [self.backward_network])]
+        layers = [layer for network in networks for layer in network.layers]
+        weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+        return [self.position_features, self.times, self.decay_rates, self.frequency, *weights]
+
     def extra_repr(self) -> str:
         """Return the sizes, for printing."""
         return (
             f"channels={self.channels}, max_length={self.max_length}, order={self.frequency.numel()}, "
             f"bidirectional={self.backward_network is not None}"
         )
+
+
+def two_sided_taps(filters: Sequence[Sequence[Tensor]], length: int, frequency_scale: float) -> Tensor:
+    """Evaluate many filters of one shape together, in fp32 or better whatever autocast says.
+
+    Args:
+        filters: each `ImplicitFilter.tensors()`: position features, times, decay rates, frequency, then the weights and
+            biases of the forward and, where there is one, the backward network.
+        length: positions of a sequence, at most the filters' maximum.
+        frequency_scale: constant factor on the frequency.
+
+    Returns:
+        (filters, channels, 2 * length - 1): taps from lag -(length - 1) up; zero at negative lags of a causal filter.
+    """
+    with torch.autocast(filters[0][0].device.type, enabled=False):
+        positions, times, decay_rates, frequency, *weights = (torch.stack(group) for group in zip(*filters, strict=True))
+        dtype = torch.promote_types(positions.dtype, torch.float32)
+        features = positions[:, :length].to(dtype)
+        frequency = frequency_scale * frequency[:, None].to(dtype)
+        decay = torch.exp(-decay_rates.abs()[:, :, None].to(dtype) * times[:, None, :length].to(dtype))
+        networks = [weights[start : start + 7] for start in range(0, len(weights), 7)]
+        forward, *backward = (_stacked_taps(features, frequency, network) * decay for network in networks)
+        past = backward[0][..., : length - 1].flip(2) if backward else torch.zeros_like(forward[..., : length - 1])
+        return torch.cat([past, forward], 2)
+
+
+def _stacked_taps(features: Tensor, frequency: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Apply networks (filters, ...) to features (filters, length, features): taps (filters, channels, length)."""
+    hidden = features
+    for weight, bias in zip(weights[0:6:2], weights[1:6:2], strict=True):
+        product = torch.baddbmm(bias[:, None].to(hidden.dtype), hidden, weight.mT.to(hidden.dtype))
+        hidden = torch.sin(frequency * product)
+    return torch.bmm(weights[6].to(hidden.dtype), hidden.mT)
 
 
 def position_grid(max_length: int, num_features: int) -> tuple[Tensor, Tensor]:

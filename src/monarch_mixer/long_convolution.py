@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monarch_mixer.kernels.support import kernels_apply
+
 # On two AVX-512 cores the direct product took 2.0 ms and the FFT 3.0 at 8 x 128 x 768; at 4 x 256 x 768 both took 4.
 CPU_DIRECT_MAX_LENGTH = 256
 
@@ -20,7 +22,7 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
     """Convolve each channel with its own long filter; the one entry point, which picks the method.
 
     The sum is taken in the taps' precision (fp32 in the models), whatever autocast says: a sum over thousands of taps
-    does not survive bf16.
+    does not survive bf16. The GPU's kernels sum in fp32 too; their products take half-precision inputs as they come.
 
     Args:
         x: input of shape (batch, length, channels).
@@ -30,12 +32,15 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
         skip: (channels,), the weight of the input itself (D in the paper's code).
 
     Returns:
-        Output of the shape and dtype of `x`.
+        Output of the shape and dtype of `x`; from the GPU's kernels channels-first in memory, as they take `x` without
+        a copy.
 
     Raises:
         ValueError: there are fewer taps than positions, or the channels differ.
     """
     _check(x, forward_taps, backward_taps, skip)
+    if kernels_apply(x, x.dtype):
+        return _kernel_convolution(x, forward_taps, backward_taps, skip)
     with torch.autocast(x.device.type, enabled=False):
         inputs = x.to(forward_taps.dtype)
         if _direct_is_faster(inputs):
@@ -43,6 +48,17 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
         else:
             y = fft_convolution(inputs, forward_taps, backward_taps, skip)
     return y.to(x.dtype)
+
+
+def _kernel_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> Tensor:
+    from monarch_mixer.kernels.sequence_mixer import channels_first, mix, operand
+
+    length = x.shape[1]
+    forward = forward_taps[:length].float()
+    past = torch.zeros_like(forward) if backward_taps is None else backward_taps[:length].float()
+    taps = torch.cat([past[: length - 1].flip(0), forward]).t()
+    y = mix(None, None, None, channels_first(x), (operand(taps, x.dtype), skip.float()))
+    return y.permute(1, 2, 0)
 
 
 def _check(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> None:

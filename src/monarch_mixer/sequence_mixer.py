@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monarch_mixer import cpu
-from monarch_mixer.filters import ImplicitFilter
+from monarch_mixer.filters import ImplicitFilter, two_sided_taps
+from monarch_mixer.kernels.support import compute_dtype, kernels_apply
 from monarch_mixer.long_convolution import long_convolution, short_convolution
 
 SHORT_CONVOLUTION_TAPS = 3
@@ -117,25 +120,69 @@ class MonarchSequenceMixer(nn.Module):
         self.short_weight.uniform_(-bound, bound)
         self.short_bias.uniform_(-bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def filters(self) -> list[ImplicitFilter]:
+        """Return the gated convolution's filter and, where there is one, the residual one's."""
+        return [self.filter] if self.residual_filter is None else [self.filter, self.residual_filter]
+
+    def forward(self, x: Tensor, taps: Sequence[Tensor] | None = None, cache_filters: bool = True) -> Tensor:
         """Mix x (batch, length, channels) along its length.
+
+        Args:
+            x: the input; on a GPU channels-first memory (`x.permute(2, 0, 1)` contiguous) saves a copy.
+            taps: what `two_sided_taps` gives for `filters()`, where it was evaluated with other layers' already;
+                used by the GPU's kernels only.
+            cache_filters: whether evaluation may keep the filters' taps until a weight changes; not where weights
+                change unseen, as sharded ones do.
 
         Raises:
             ValueError: the length is over the maximum length.
         """
+        if kernels_apply(x, compute_dtype(x)):
+            return self._forward_kernels(x, compute_dtype(x), taps, cache_filters)
         length = x.shape[1]
         if self.norm is not None:
             x = self.norm(x)
         residual_taps = None
         if self.residual_filter is not None:
-            residual_taps = (*self.residual_filter(length), self.residual_filter.skip)
+            residual_taps = (*self.residual_filter(length, cache_filters), self.residual_filter.skip)
         y = gated_long_convolution(
             _project(self.input_projection, x),
             x,
             self.short_weight,
             self.short_bias,
-            (*self.filter(length), self.filter.skip),
+            (*self.filter(length, cache_filters), self.filter.skip),
             residual_taps,
         )
         # Outside autocast a model held in bf16 wants its own dtype; inside, the projection casts for itself.
         return _project(self.output_projection, y.to(x.dtype))
+
+    def _forward_kernels(
+        self, x: Tensor, dtype: torch.dtype, taps: Sequence[Tensor] | None, cache_filters: bool
+    ) -> Tensor:
+        """Mix with everything between the two projections in kernels, channels first: positions are neighbours."""
+        from monarch_mixer.kernels.sequence_mixer import channels_first, mix, mix_cached, operand
+
+        batch, length, channels = x.shape
+        self.filter.check_length(length)
+        if self.norm is not None:
+            x = layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps, channels_first=True)
+        u = channels_first(x.to(dtype))
+        # The bias of this projection is added inside the kernels.
+        projected = torch.mm(self.input_projection.weight.to(dtype), u.view(channels, -1)).view(-1, batch, length)
+        biases = torch.stack([self.short_bias, self.input_projection.bias], 1)
+        parameters = torch.cat([self.short_weight.flatten(1), biases], 1).float()
+        skips = [implicit_filter.skip.float() for implicit_filter in self.filters()]
+        scale = self.filter.frequency_scale
+        if cache_filters and not torch.is_grad_enabled():
+            gated, *residual = (
+                (implicit_filter.tensors(), skip) for implicit_filter, skip in zip(self.filters(), skips, strict=True)
+            )
+            y = mix_cached(projected, parameters, gated, u, residual[0] if residual else None, scale)
+        else:
+            if taps is None:
+                taps = two_sided_taps([f.tensors() for f in self.filters()], length, scale).unbind()
+            operands = [operand(filter_taps, dtype) for filter_taps in taps]
+            gated_filter, *residual_filter = zip(operands, skips, strict=True)
+            y = mix(projected, parameters, gated_filter, u, residual_filter[0] if residual_filter else None)
+        weight, bias = self.output_projection.weight.to(dtype), self.output_projection.bias.to(dtype)
+        return F.linear(y.view(channels, -1).t(), weight, bias).view(batch, length, channels)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from monarch_mixer.kernels import support
+from monarch_mixer.kernels.products import dot
 
 # Cheap GELU for 16-bit dtypes: Phi(x) = sigmoid(x (C0 + C1 s + C2 s^2)), s = min(x^2, LIMIT), where the polynomial is
 # still positive, so that far tails stay right. Minimax fit of x Phi(x): the largest absolute error is 2.6e-5, and
@@ -30,7 +31,7 @@ GELU_LIMIT = tl.constexpr(49.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-# Triton 3.3's interpreter multiplies the bits of bf16 as integers, so there products are made of fp32.
+# The interpreter has no assembly.
 INTERPRETING = tl.constexpr(support.interpreting())
 
 
@@ -285,14 +286,6 @@ def _constants(dtype: torch.dtype, input_weight: Tensor, dropout: float, config:
 
 
 @triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    """Return total + a @ b."""
-    if INTERPRETING:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-@triton.jit
 def _mix(bits):
     """Mix 32 bits: the integer hash "lowbias32" of C. Wellons, github.com/skeeto/hash-prospector."""
     bits = bits ^ (bits >> 16)
@@ -393,10 +386,10 @@ def _gates_and_values(
         k = start + tl.arange(0, BLOCK_K)
         x = _load_tile(gate_x, tokens, x_t, k, x_c, IN, BLOCK_K)
         w = _load_tile(gate_w, columns, IN, k, 1, IN, BLOCK_K)
-        gates = _dot(x, tl.trans(w), gates, PRECISION)
+        gates = dot(x, tl.trans(w), gates, PRECISION)
         x = _load_tile(value_x, tokens, x_t, k, x_c, IN, BLOCK_K)
         w = _load_tile(value_w, columns, IN, k, 1, IN, BLOCK_K)
-        values = _dot(x, tl.trans(w), values, PRECISION)
+        values = dot(x, tl.trans(w), values, PRECISION)
     return gates, values
 
 
@@ -516,13 +509,13 @@ def _gates_and_values_of_held(
         k2 = K1 + tl.arange(0, K2)
         gate_w2 = _load_tile(gate_w, columns, IN, k2, 1, IN, K2)
         value_w2 = _load_tile(value_w, columns, IN, k2, 1, IN, K2)
-        gates = _dot(gate_x2, tl.trans(gate_w2), gates, PRECISION)
-        values = _dot(value_x2, tl.trans(value_w2), values, PRECISION)
+        gates = dot(gate_x2, tl.trans(gate_w2), gates, PRECISION)
+        values = dot(value_x2, tl.trans(value_w2), values, PRECISION)
     k1 = tl.arange(0, K1)
     gate_w1 = _load_tile(gate_w, columns, IN, k1, 1, IN, K1)
     value_w1 = _load_tile(value_w, columns, IN, k1, 1, IN, K1)
-    gates = _dot(gate_x1, tl.trans(gate_w1), gates, PRECISION)
-    values = _dot(value_x1, tl.trans(value_w1), values, PRECISION)
+    gates = dot(gate_x1, tl.trans(gate_w1), gates, PRECISION)
+    values = dot(value_x1, tl.trans(value_w1), values, PRECISION)
     return gates, values
 
 
@@ -635,13 +628,13 @@ def _forward_hold_w(
         rows = tl.minimum(tokens, num_tokens - 1)
         gate_x1 = _load_tile(gate_x, rows, x_t, k1, x_c, IN, K1)
         value_x1 = _load_tile(value_x, rows, x_t, k1, x_c, IN, K1)
-        gates = _dot(gate_x1, tl.trans(gate_w1), tl.zeros((BLOCK_T, BLOCK_N), tl.float32), PRECISION)
-        values = _dot(value_x1, tl.trans(value_w1), tl.zeros((BLOCK_T, BLOCK_N), tl.float32), PRECISION)
+        gates = dot(gate_x1, tl.trans(gate_w1), tl.zeros((BLOCK_T, BLOCK_N), tl.float32), PRECISION)
+        values = dot(value_x1, tl.trans(value_w1), tl.zeros((BLOCK_T, BLOCK_N), tl.float32), PRECISION)
         if K2 > 0:
             gate_x2 = _load_tile(gate_x, rows, x_t, k2, x_c, IN, K2)
             value_x2 = _load_tile(value_x, rows, x_t, k2, x_c, IN, K2)
-            gates = _dot(gate_x2, tl.trans(gate_w2), gates, PRECISION)
-            values = _dot(value_x2, tl.trans(value_w2), values, PRECISION)
+            gates = dot(gate_x2, tl.trans(gate_w2), gates, PRECISION)
+            values = dot(value_x2, tl.trans(value_w2), values, PRECISION)
         block = 2 * pair + half
         _store_inner(
             gates, values, inner_ptr, seed_ptr, tokens, num_tokens, column, block, INNER, GELU, DROP_BELOW, SCALE
@@ -712,7 +705,7 @@ def _backward_tiles(
             w = tl.load(
                 out_w_ptr + block * OUT * INNER + tl.minimum(k, OUT - 1)[:, None] * INNER + inside_column[None, :]
             )
-            grad = _dot(dy, w, grad, PRECISION)
+            grad = dot(dy, w, grad, PRECISION)
     else:
         rows = block.to(tl.int64) * num_tokens + tokens
         mask = (tokens < num_tokens)[:, None] & (column < INNER)[None, :]

@@ -74,6 +74,8 @@ def dot_precision(dtype: torch.dtype) -> str:
 
     fp32 products are exact to fp32 (three tf32 products each) unless PyTorch's own may be tf32.
     """
+    if interpreting():
+        return "interpreted"
     return "tf32x3" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
 
 

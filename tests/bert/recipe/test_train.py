@@ -16,10 +16,12 @@ from composer.core import State
 
 from bert.composer_models import MaskedLanguageModel
 from bert.errors import RecipeError
+from bert.recipe import builders
 from bert.recipe import train as train_module
 from bert.recipe.callbacks import NaNGuard
-from bert.recipe.schema import load_config
+from bert.recipe.schema import TrainConfig, load_config
 from bert.recipe.train import main, train
+from monarch_mixer.kernels import kernels_enabled
 
 REPOSITORY = Path(__file__).parents[3]
 SEQ_LEN = 16
@@ -103,6 +105,30 @@ def test_microbatches_do_not_change_the_loss(recipe: Recipe, tmp_path: Path) -> 
     assert main([*common, "run_name=four", "device_train_microbatch_size=2"]) == 0
     one, four = (losses(tmp_path / "runs" / name) for name in ("one", "four"))
     assert list(one.values()) == pytest.approx(list(four.values()), abs=1e-5)
+
+
+def test_the_kernels_switch_holds_while_the_model_is_built_and_trained(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[bool]] = {"built": set(), "trained": set()}
+    build_model, forward = builders.build_model, MaskedLanguageModel.forward
+
+    def watched_build(config: TrainConfig) -> MaskedLanguageModel:
+        seen["built"].add(kernels_enabled())
+        return build_model(config)
+
+    def watched_forward(self: MaskedLanguageModel, batch: dict) -> dict[str, torch.Tensor]:
+        seen["trained"].add(kernels_enabled())
+        return forward(self, batch)
+
+    monkeypatch.setattr(builders, "build_model", watched_build)
+    monkeypatch.setattr(MaskedLanguageModel, "forward", watched_forward)
+    common = [str(recipe()), "max_duration=2ba", "save_folder=null", "eval_loader=null"]
+    for switch, expected in (([], True), (["kernels=false"], False)):
+        assert main([*common, *switch]) == 0
+        assert seen == {"built": {expected}, "trained": {expected}}
+        assert kernels_enabled()
+        seen = {"built": set(), "trained": set()}
 
 
 @pytest.mark.slow

@@ -1,12 +1,43 @@
-"""Without a GPU the kernels run in Triton's interpreter, on CPU tensors."""
+"""The kernels' tests: on a GPU where there is one (`make test-gpu`), else in Triton's interpreter on CPU tensors."""
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
+# Triton looks when a kernel is defined, which is when its module is imported.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any module with kernels is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def bf16_rounds_to_nearest(monkeypatch):
+    """Make the interpreter round to bf16 as GPUs do: Triton 3.3's cuts off, twice the error and all of it downwards."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data, from_type, to_type, mode):
+        if (from_type.name, to_type.name) != ("fp32", "bf16"):
+            return convert(data, from_type, to_type, mode)
+        bits = np.ascontiguousarray(data).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill what kernels are given to write with NaN, so that anything they leave out shows."""
+    from monarch_mixer.kernels import support
+
+    def empty(*shape, dtype, device):
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+    for module in ("gates", "toeplitz", "monarch_fft"):
+        monkeypatch.setattr(f"monarch_mixer.kernels.{module}.empty", empty)
+    monkeypatch.setattr(support, "empty", empty)
 
 
 @pytest.fixture(
@@ -28,7 +59,7 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Fill what kernels allocate with NaN first, so that what they do not write shows."""
+    """As `poison`, in every test, for modules that call `support.empty` by that name."""
     from monarch_mixer.kernels import support
 
     def empty(*shape, dtype, device):

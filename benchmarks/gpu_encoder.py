@@ -1,0 +1,185 @@
+"""Encoder throughput of M2-BERT-base and its peers on a GPU, bf16 autocast, a fixed number of tokens a batch.
+
+    python benchmarks/gpu_encoder.py --mode forward  --output results/encoder_forward.json
+    python benchmarks/gpu_encoder.py --mode training --output results/training_step.json
+
+forward: evaluation mode without gradients, 65,536 tokens. training: forward and backward (no optimizer), dropout as in
+the recipes, 32,768 tokens. All models of a length are timed in turns in this process. A model that fails is a row with
+its error. The JSON is written after every length, so a run that is stopped keeps what it has; --append puts a further
+run's lengths beside those of an earlier one on the same kind of device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import gpu_common as common
+import torch
+from gpu_common import HF_BERT, PEERS
+from machine import write_figures
+
+from monarch_mixer.kernels import use_kernels
+
+TOKENS = {"forward": 65_536, "training": 32_768}
+LENGTHS = {"forward": [128, 512, 2048, 8192, 32768], "training": [128, 512, 2048, 8192]}
+# Of m2-base, as a ratio to Hugging Face's BERT compiled in the same run: what must be reached, and the aim.
+BARS: dict[str, dict[int, tuple[float, float]]] = {
+    "forward": {128: (1.5, 2.0), 512: (1.4, 2.0), 2048: (1.3, 1.9), 8192: (2.2, 3.5), 32768: (5.0, 8.0)},
+    "training": {128: (1.3, 1.6), 2048: (1.2, 1.7), 8192: (2.0, 3.0)},
+}
+WARM_UP_CALLS = 2
+Run = Callable[[], Any]
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--mode", choices=list(TOKENS), default="forward")
+    parser.add_argument(
+        "--models",
+        type=common.names,
+        default=["m2-base", HF_BERT, "bert-base", "m2-fft-reference"],
+        help=f"of {', '.join(PEERS)}, by commas (default: m2-base, {HF_BERT}, bert-base, m2-fft-reference)",
+    )
+    parser.add_argument("--lengths", type=common.integers, help="by commas (default: the mode's)")
+    parser.add_argument("--tokens", type=int, help="a batch (default: the mode's)")
+    parser.add_argument("--dropout", type=float, help="training: instead of the recipes' own")
+    parser.add_argument("--append", action="store_true", help="keep the rows that --output holds of other lengths")
+    parser.add_argument("--no-compile", action="store_true", help="every model without torch.compile")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing a row (default: %(default)s)")
+    args = parser.parse_args()
+    args.lengths = args.lengths or ([16, 32] if args.small else LENGTHS[args.mode])
+    args.tokens = args.tokens or (64 if args.small else TOKENS[args.mode])
+
+    device = common.use_device(args.device)
+    print(f"{args.mode}, {args.tokens:,} tokens a batch, bf16 autocast")
+    print(
+        f"{'length':>6} {'model':<17} {'tokens/ms':>9} {'ms':>9} {'ratio':>6} {'must/aim':>9} {'peak GB':>8} "
+        f"{'first s':>8}"
+    )
+    rows = earlier_rows(args) if args.append else []
+    for length in args.lengths:
+        measured = measure(length, args, device)
+        for row in measured:
+            print(line(row, args.mode), flush=True)
+        rows = sorted(rows + measured, key=lambda row: row["length"])
+        if args.output:
+            figures = {"mode": args.mode, "tokens": args.tokens, "dropout": args.dropout, "rows": rows}
+            write_figures(args.output, figures)
+        if args.plot:
+            plot(args, rows)
+
+
+def earlier_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of --output that this run does not measure.
+
+    Raises:
+        SystemExit: they are of another device, or were measured otherwise.
+    """
+    if not args.output or not args.output.exists():
+        return []
+    figures = json.loads(args.output.read_text(encoding="utf-8"))
+    settings = {"device": common.device_name(), "mode": args.mode, "tokens": args.tokens, "dropout": args.dropout}
+    for key, value in settings.items():
+        if figures[key] != value:
+            raise SystemExit(f"{args.output}: its {key} is {figures[key]}, this run's {value}; leave out --append")
+    return [row for row in figures["rows"] if row["length"] not in args.lengths]
+
+
+def measure(length: int, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Build and warm up every model, then time them in turns."""
+    torch._dynamo.reset()  # the models share their code: a length's graphs would count as recompilations of the last's
+    common.free_memory()
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Run] = {}
+    for name in args.models:
+        row = rows[name] = {"length": length, "model": name, "compiled": PEERS[name].compiled and not args.no_compile}
+        base = common.allocated(device)
+        try:
+            run, _ = make_run(name, length, args, device)
+            row["first_call_s"] = common.once(run, device)
+            for _ in range(WARM_UP_CALLS):
+                run()
+            row["peak_gb"] = common.peak_gb(run, device, base)
+            runs[name] = run
+        except Exception as error:  # noqa: BLE001 - out of memory, or whatever a compiler raises: the rest goes on
+            row["error"] = common.message(error)
+        common.free_memory()
+    tokens = max(1, args.tokens // length) * length
+    for name, times in common.alternate(runs, args.seconds, device).items():
+        if isinstance(times, str):
+            rows[name]["error"] = times
+        else:
+            rows[name] |= {"tokens_per_ms": tokens / times["ms"], **times}
+    peer = rows.get(HF_BERT, {}).get("tokens_per_ms")
+    for row in rows.values():
+        row["ratio_to_hf"] = row["tokens_per_ms"] / peer if peer and "tokens_per_ms" in row else None
+    return list(rows.values())
+
+
+def make_run(name: str, length: int, args: argparse.Namespace, device: torch.device) -> tuple[Run, Any]:
+    """Return a function of one forward pass, or of one forward and backward pass, and the model's configuration."""
+    peer = PEERS[name]
+    with device:
+        encoder = common.build_encoder(name, length, small=args.small, dropout=args.dropout)
+    vocabulary = encoder.model.config.vocab_size
+    ids = common.random_ids(device, args.tokens, length, vocabulary)
+    model: Any = encoder
+    if peer.compiled and not args.no_compile:
+        model = torch.compile(encoder, dynamic=False)
+    if args.mode == "forward":
+        encoder.eval()
+
+        def forward() -> None:
+            with torch.no_grad(), common.running(device, peer.kernels):
+                model(ids)
+
+        return forward, encoder.model.config
+    encoder.train()
+    gradients: list[torch.Tensor] = []
+
+    def step() -> None:
+        encoder.zero_grad(set_to_none=True)
+        with common.running(device, peer.kernels):
+            hidden = model(ids)
+            if not gradients:
+                gradients.append(torch.randn_like(hidden))
+        with use_kernels(peer.kernels):  # a backward pass chooses its kernels too
+            hidden.backward(gradients[0])
+
+    return step, encoder.model.config
+
+
+def line(row: dict[str, Any], mode: str) -> str:
+    """Return a row of the table."""
+    start = f"{row['length']:>6} {row['model']:<17}"
+    if "error" in row:
+        return f"{start} {row['error']}"
+    must, aim = BARS[mode].get(row["length"], (None, None)) if row["model"] == "m2-base" else (None, None)
+    bar = "" if must is None else f"{must} / {aim}"
+    ratio = "" if row["ratio_to_hf"] is None else f"{row['ratio_to_hf']:.2f}"
+    peak = "" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"
+    times = f"{row['tokens_per_ms']:>9.1f} {row['ms']:>9.3f}"
+    return f"{start} {times} {ratio:>6} {bar:>9} {peak:>8} {row['first_call_s']:>8.1f}"
+
+
+def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Draw tokens/ms over the length, and the bars where Hugging Face's BERT was measured."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if "tokens_per_ms" not in row:
+            continue
+        points.setdefault(row["model"], []).append((row["length"], row["tokens_per_ms"]))
+        if row["model"] == HF_BERT and row["length"] in BARS[args.mode]:
+            bar = BARS[args.mode][row["length"]][0] * row["tokens_per_ms"]
+            points.setdefault("must", []).append((row["length"], bar))
+    title = f"encoder, {args.mode}, {args.tokens:,} tokens a batch, bf16, {common.device_name()}"
+    common.draw_lines(
+        args.plot, points, title=title, x_label="tokens a sequence", y_label="tokens / ms", dashed=["must"]
+    )
+
+
+if __name__ == "__main__":
+    main()

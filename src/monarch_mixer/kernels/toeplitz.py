@@ -1,0 +1,253 @@
+"""The gated long convolutions of short sequences as products with Toeplitz matrices on tensor cores.
+
+A channel's matrix, `T[s, t] = taps[t - s]`, is built from its taps inside the program that multiplies by it, once for
+the whole batch: 2 * length operations a token and channel, and nothing of size length**2 in memory.
+"""
+
+# mypy: disable-error-code="valid-type, index, call-arg"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from monarch_mixer.kernels.gates import Gradients, short_convolve
+from monarch_mixer.kernels.products import dot
+from monarch_mixer.kernels.support import dot_precision, empty
+
+MAX_LENGTH = 128
+# Sequences of a tile and warps of a program, forward and backward.
+ROWS = {"forward": 128, "backward": 64}
+WARPS = {"forward": 8, "backward": 8}
+
+
+@triton.jit
+def _toeplitz_tile(
+    taps_ptr, skip_ptr, channel, length, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr
+):
+    """Return T[s, t] (or its transpose) of a channel, with its skip weight at lag 0, zero outside the length."""
+    row = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    lag = row - column if TRANSPOSED else column - row
+    inside = (row < length) & (column < length)
+    base = taps_ptr + channel * (2 * length - 1) + length - 1
+    taps = tl.load(base + lag, mask=inside, other=0.0)
+    return tl.where((lag == 0) & inside, taps + tl.load(skip_ptr + channel), taps).to(dtype)
+
+
+@triton.jit
+def _forward_kernel(
+    projected_ptr, parameters, taps_ptr, skip_ptr, input_ptr, residual_taps_ptr, residual_skip_ptr, out_ptr, inner_ptr,
+    channels, batch, length, plane, num_parts,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    position = tl.arange(0, BLOCK)[None, :]
+    if GATED:
+        matrix = _toeplitz_tile(taps_ptr, skip_ptr, channel, length, False, BLOCK, dtype)
+    if RESIDUAL:
+        residual_matrix = _toeplitz_tile(residual_taps_ptr, residual_skip_ptr, channel, length, False, BLOCK, dtype)
+    row = tl.arange(0, ROWS)[:, None]
+    run = tl.arange(0, BLOCK // 8)[None, :] * 8
+    for block in range(part, tl.cdiv(batch, ROWS), num_parts):
+        sequence = block * ROWS + row
+        valid = (sequence < batch) & (position < length)
+        offset = (channel * batch + sequence) * length
+        out = tl.zeros([ROWS, BLOCK], tl.float32)
+        if GATED:
+            in_batch = (sequence < batch) & (run >= 0)
+            z = short_convolve(projected_ptr, offset + run, run, in_batch, length, parameters, channel)
+            z *= short_convolve(
+                projected_ptr, offset + run + plane + plane, run, in_batch, length, parameters, channel + 2 * channels
+            )
+            inner = dot(z.to(dtype), matrix, None, PRECISION)
+            if SAVE_INNER:
+                tl.store(inner_ptr + offset + position, inner.to(dtype), mask=valid)
+            after = short_convolve(
+                projected_ptr, offset + run + plane, run, in_batch, length, parameters, channel + channels
+            )
+            out += inner * after
+        if RESIDUAL:
+            u = tl.load(input_ptr + offset + position, mask=valid, other=0.0)
+            out = dot(u, residual_matrix, out, PRECISION)
+        tl.store(out_ptr + offset + position, out.to(dtype), mask=valid)
+
+
+@triton.jit
+def _backward_kernel(
+    projected_ptr, parameters, taps_ptr, skip_ptr, input_ptr, residual_taps_ptr, residual_skip_ptr, inner_ptr, grad_ptr,
+    grad_short_ptr, grad_input_ptr, products_ptr, residual_products_ptr,
+    channels, batch, length, plane, num_parts,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the gates and of the inputs, and sum over the batch of input[s] * gradient[t], (BLOCK, BLOCK)."""
+    channel = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    position = tl.arange(0, BLOCK)[None, :]
+    if GATED:
+        matrix = _toeplitz_tile(taps_ptr, skip_ptr, channel, length, True, BLOCK, dtype)
+        products = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if RESIDUAL:
+        residual_matrix = _toeplitz_tile(residual_taps_ptr, residual_skip_ptr, channel, length, True, BLOCK, dtype)
+        residual_products = tl.zeros([BLOCK, BLOCK], tl.float32)
+    row = tl.arange(0, ROWS)[:, None]
+    run = tl.arange(0, BLOCK // 8)[None, :] * 8
+    for block in range(part, tl.cdiv(batch, ROWS), num_parts):
+        sequence = block * ROWS + row
+        valid = (sequence < batch) & (position < length)
+        offset = (channel * batch + sequence) * length
+        here = offset + position
+        grad = tl.load(grad_ptr + here, mask=valid, other=0.0)
+        if RESIDUAL:
+            u = tl.load(input_ptr + here, mask=valid, other=0.0)
+            residual_products = dot(tl.trans(u), grad, residual_products, PRECISION)
+            grad_input = dot(grad, residual_matrix, None, PRECISION)
+            tl.store(grad_input_ptr + here, grad_input.to(dtype), mask=valid)
+        if GATED:
+            in_batch = (sequence < batch) & (run >= 0)
+            inner = tl.load(inner_ptr + here, mask=valid, other=0.0).to(tl.float32)
+            grad_after = grad.to(tl.float32) * inner
+            tl.store(grad_short_ptr + here + plane, grad_after.to(dtype), mask=valid)
+            after = short_convolve(
+                projected_ptr, offset + run + plane, run, in_batch, length, parameters, channel + channels
+            )
+            grad_inner = (grad.to(tl.float32) * after).to(dtype)
+            before = short_convolve(projected_ptr, offset + run, run, in_batch, length, parameters, channel)
+            value = short_convolve(
+                projected_ptr, offset + run + plane + plane, run, in_batch, length, parameters, channel + 2 * channels
+            )
+            z = (before * value).to(dtype)
+            products = dot(tl.trans(z), grad_inner, products, PRECISION)
+            grad_z = dot(grad_inner, matrix, None, PRECISION)
+            tl.store(grad_short_ptr + here, (grad_z * value).to(dtype), mask=valid)
+            tl.store(grad_short_ptr + here + plane + plane, (grad_z * before).to(dtype), mask=valid)
+    tile = ((channel * num_parts + part) * BLOCK + tl.arange(0, BLOCK)[:, None]) * BLOCK + position
+    if GATED:
+        tl.store(products_ptr + tile, products)
+    if RESIDUAL:
+        tl.store(residual_products_ptr + tile, residual_products)
+
+
+@triton.jit
+def _diagonal_sums_kernel(
+    products_ptr, out_ptr, length, num_parts, BLOCK: tl.constexpr, LAGS: tl.constexpr, STEP: tl.constexpr
+):
+    """Sum each diagonal of a channel's products: the gradient of its taps."""
+    channel = tl.program_id(0).to(tl.int64)
+    lag = tl.arange(0, LAGS)[None, :] - (length - 1)
+    total = tl.zeros([LAGS], tl.float32)
+    for part in range(num_parts):
+        tile = products_ptr + (channel * num_parts + part) * BLOCK * BLOCK
+        for start in range(0, BLOCK, STEP):
+            row = start + tl.arange(0, STEP)[:, None]
+            column = row + lag
+            inside = (row < length) & (column >= 0) & (column < length)
+            total += tl.sum(tl.load(tile + row * BLOCK + column, mask=inside, other=0.0), 0)
+    index = tl.arange(0, LAGS)
+    tl.store(out_ptr + channel * (2 * length - 1) + index, total, mask=index < 2 * length - 1)
+
+
+def _block(length: int) -> int:
+    return max(16, triton.next_power_of_2(length))
+
+
+def _rows(batch: int, dtype: torch.dtype, direction: str) -> int:
+    most = ROWS[direction] // 4 if dtype == torch.float32 else ROWS[direction]
+    return max(16, min(most, triton.next_power_of_2(batch)))
+
+
+def forward(
+    gated: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    residual: tuple[Tensor, Tensor, Tensor] | None,
+    save_inner: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the mixed sequences (channels, batch, length) and, on demand, the gated convolution before its last gate.
+
+    Args:
+        gated: projection (3 * channels, batch, length), parameters of the short convolution, taps (channels, 2 *
+            length - 1) from the most negative lag up, skip (channels,); None for the residual convolution alone.
+        residual: input (channels, batch, length), taps and skip; None for none.
+        save_inner: whether the second result is wanted, for the backward pass.
+    """
+    projected, parameters, taps, skip = gated or (None,) * 4
+    x, residual_taps, residual_skip = residual or (None,) * 3
+    like = x if x is not None else projected
+    assert like is not None
+    batch, length = like.shape[1:]
+    channels = (taps if taps is not None else residual_taps).shape[0]  # type: ignore[union-attr]
+    out = empty(channels, batch, length, dtype=like.dtype, device=like.device)
+    inner = empty(channels, batch, length, dtype=like.dtype, device=like.device) if save_inner and gated else None
+    rows = _rows(batch, like.dtype, "forward")
+    num_parts = _num_parts(channels, triton.cdiv(batch, rows))
+    _forward_kernel[(channels, num_parts)](
+        projected, parameters, taps, skip, x, residual_taps, residual_skip, out, inner,
+        channels, batch, length, channels * batch * length, num_parts,
+        GATED=gated is not None, RESIDUAL=residual is not None, SAVE_INNER=inner is not None,
+        ROWS=rows, BLOCK=_block(length), PRECISION=dot_precision(like.dtype), num_warps=WARPS["forward"], num_stages=1,
+    )  # fmt: skip
+    return out, inner
+
+
+def backward(
+    grad: Tensor,
+    gated: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    residual: tuple[Tensor, Tensor, Tensor] | None,
+    inner: Tensor | None,
+) -> Gradients:
+    """Return the gradients, those of operands being the taps'.
+
+    Arguments as in `forward`; `grad` is that of its first result, `inner` its second.
+    """
+    projected, parameters, taps, skip = gated or (None,) * 4
+    x, residual_taps, residual_skip = residual or (None,) * 3
+    channels, batch, length = grad.shape
+    rows = _rows(batch, grad.dtype, "backward")
+    block = _block(length)
+    num_parts = _num_parts(channels, triton.cdiv(batch, rows))
+
+    def allocate_products() -> Tensor:
+        return empty(channels, num_parts, block, block, dtype=torch.float32, device=grad.device)
+
+    grad_short = empty(3 * channels, batch, length, dtype=grad.dtype, device=grad.device) if gated else None
+    grad_input = empty(channels, batch, length, dtype=grad.dtype, device=grad.device) if residual else None
+    products = allocate_products() if gated else None
+    residual_products = allocate_products() if residual else None
+    _backward_kernel[(channels, num_parts)](
+        projected, parameters, taps, skip, x, residual_taps, residual_skip, inner, grad,
+        grad_short, grad_input, products, residual_products,
+        channels, batch, length, channels * batch * length, num_parts,
+        GATED=gated is not None, RESIDUAL=residual is not None,
+        ROWS=rows, BLOCK=block, PRECISION=dot_precision(grad.dtype), num_warps=WARPS["backward"], num_stages=1,
+    )  # fmt: skip
+    grad_taps = None if products is None else _diagonal_sums(products, length)
+    grad_residual_taps = None if residual_products is None else _diagonal_sums(residual_products, length)
+    return Gradients(
+        short=grad_short,
+        operand=grad_taps,
+        skip=None if grad_taps is None else grad_taps[:, length - 1].clone(),  # the weight of lag 0
+        x=grad_input,
+        residual_operand=grad_residual_taps,
+        residual_skip=None if grad_residual_taps is None else grad_residual_taps[:, length - 1].clone(),
+    )
+
+
+def _num_parts(channels: int, blocks: int) -> int:
+    """Split the batch where there are too few channels to fill a GPU; each part builds the matrices anew."""
+    return max(1, min(blocks, 512 // channels))
+
+
+def _diagonal_sums(products: Tensor, length: int) -> Tensor:
+    channels, num_parts, block, _ = products.shape
+    out = empty(channels, 2 * length - 1, dtype=torch.float32, device=products.device)
+    _diagonal_sums_kernel[(channels,)](
+        products, out, length, num_parts, BLOCK=block, LAGS=2 * block, STEP=16, num_warps=4
+    )
+    return out
+
