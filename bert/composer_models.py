@@ -15,7 +15,6 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertLayer
 
 from bert.configuration import M2BertConfig
-from bert.data.masking import IGNORED_LABEL
 from bert.errors import RecipeError, nearest
 from bert.masked_lm import MaskedLMRowsOutput, masked_lm_output, row_bound
 from bert.modeling import M2BertForMaskedLM
@@ -86,9 +85,11 @@ class HuggingFaceBert(BertForMaskedLM):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, max_masked_rows: int | None = None
     ) -> MaskedLMRowsOutput:
-        """Return loss and logits of the labelled positions, as `M2BertForMaskedLM.forward` does."""
+        """Return the loss over the labelled positions, as `M2BertForMaskedLM.forward` does."""
         hidden = self.bert(input_ids, attention_mask=attention_mask)[0]
-        return masked_lm_output(hidden, labels, self.predict, max_masked_rows)
+        head = self.cls.predictions
+        decoder = head.decoder
+        return masked_lm_output(hidden, labels, head.transform, decoder.weight, decoder.bias, max_masked_rows)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Say whether Composer's FSDP shards a module by itself."""
@@ -129,14 +130,11 @@ class MaskedLanguageModel(ComposerModel):
             max_masked_rows=max_rows,
         )
         num_masked = output.num_masked
-        with torch.no_grad():
-            correct = output.logits.argmax(-1) == output.row_labels
-            num_correct = (correct & (output.row_labels != IGNORED_LABEL)).sum()
         return {
             "loss": output.loss,
             "cross_entropy_sum": output.loss.detach().float() * num_masked,
             "num_masked": num_masked,
-            "num_correct": num_correct,
+            "num_correct": output.num_correct,
         }
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Any, *args: Any, **kwargs: Any) -> Tensor:

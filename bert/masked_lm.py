@@ -12,16 +12,18 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from bert.data.masking import IGNORED_LABEL
+from monarch_mixer.kernels.support import compute_dtype, kernels_apply
 
 
 @dataclass
 class MaskedLMRowsOutput(ModelOutput):
     """What a masked language model returns when it is given labels."""
 
-    # ModelOutput wants defaults; the first three are always there.
+    # ModelOutput wants defaults; all but logits and hidden_states are always there.
     loss: Tensor = None  # type: ignore[assignment]  # mean cross entropy over the masked rows, in nats; 0 where there are none
-    logits: Tensor = None  # type: ignore[assignment]  # (rows, vocabulary): masked rows only
+    logits: Tensor | None = None  # (rows, vocabulary): masked rows only; None where the loss is computed without them
     row_labels: Tensor = None  # type: ignore[assignment]  # (rows,): their labels, IGNORED_LABEL in surplus rows
+    num_correct: Tensor = None  # type: ignore[assignment]  # masked rows whose largest logit is their label's, a scalar
     hidden_states: tuple[Tensor, ...] | None = None
 
     @property
@@ -69,11 +71,40 @@ def select_masked_rows(hidden: Tensor, labels: Tensor, max_rows: int | None = No
 
 
 def masked_lm_output(
-    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], max_rows: int | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    transform: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    max_rows: int | None = None,
 ) -> MaskedLMRowsOutput:
-    """Apply the head and the loss to the masked rows of hidden (batch, length, features)."""
+    """Apply the head and the loss to the masked rows.
+
+    Args:
+        hidden: (batch, length, features).
+        labels: (batch, length), IGNORED_LABEL where there is none.
+        transform: what the head does before its last map, row by row.
+        weight: the head's last map, (vocabulary, features).
+        bias: its bias (vocabulary,).
+        max_rows: see `select_masked_rows`.
+    """
     rows, row_labels = select_masked_rows(hidden, labels, max_rows)
-    logits = head(rows)
-    total = F.cross_entropy(logits, row_labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    rows = transform(rows)
+    total, num_correct, logits = _cross_entropy_sum(rows, row_labels, weight, bias)
     loss = total / (row_labels != IGNORED_LABEL).sum().clamp(min=1)
-    return MaskedLMRowsOutput(loss=loss, logits=logits, row_labels=row_labels)
+    return MaskedLMRowsOutput(loss=loss, logits=logits, row_labels=row_labels, num_correct=num_correct)
+
+
+def _cross_entropy_sum(
+    rows: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the sum of the rows' cross entropies, how many predictions are right, and the logits if they were made."""
+    if kernels_apply(rows, compute_dtype(rows)):
+        from monarch_mixer.kernels.linear_cross_entropy import linear_cross_entropy
+
+        return *linear_cross_entropy(rows, weight, bias, labels, IGNORED_LABEL), None
+    logits = F.linear(rows, weight, bias)
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    with torch.no_grad():
+        num_correct = ((logits.argmax(-1) == labels) & (labels != IGNORED_LABEL)).sum()
+    return total, num_correct, logits

@@ -154,9 +154,13 @@ class PredictionHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=HEAD_LAYER_NORM_EPS)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
+    def transform(self, hidden: Tensor) -> Tensor:
+        """Return what the last matrix is applied to, shaped as `hidden` (..., hidden)."""
+        return self.norm(F.gelu(self.dense(hidden)))
+
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         """Map (..., hidden) to (..., vocabulary)."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
+        return F.linear(self.transform(hidden), word_embeddings, self.bias)
 
 
 class M2BertPreTrainedModel(PreTrainedModel):
@@ -302,7 +306,8 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
 
         Without `labels`: logits at all positions, (batch, length, vocabulary). With `labels` (batch, length), -100
         where there is none: the mean cross entropy over labelled positions, and logits of those alone (`row_labels`
-        says whose they are). `max_masked_rows` fixes their number (see `bert.masked_lm.select_masked_rows`).
+        says whose they are), which are None on a GPU, where the loss is computed without them. `max_masked_rows` fixes
+        their number (see `bert.masked_lm.select_masked_rows`).
         """
         encoded = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states, True
@@ -312,7 +317,10 @@ class M2BertForMaskedLM(M2BertPreTrainedModel):
             logits = cast(torch.FloatTensor, self.predict(encoded.last_hidden_state))
             output = MaskedLMOutput(logits=logits, hidden_states=encoded.hidden_states)
         else:
-            output = masked_lm_output(encoded.last_hidden_state, labels, self.predict, max_masked_rows)
+            words = self.bert.embeddings.word_embeddings.weight
+            output = masked_lm_output(
+                encoded.last_hidden_state, labels, self.head.transform, words, self.head.bias, max_masked_rows
+            )
             output.hidden_states = encoded.hidden_states
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
 

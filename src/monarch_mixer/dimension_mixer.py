@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from monarch_mixer import cpu
 from monarch_mixer.block_diagonal import BlockDiagonalLinear
+from monarch_mixer.kernels.support import compute_dtype, kernels_apply
+from monarch_mixer.normalization import MAX_KERNEL_WIDTH
 
 
 def gated_block_diagonal_mlp(
@@ -36,6 +38,12 @@ def gated_block_diagonal_mlp(
         y = cpu.gated_block_diagonal_mlp(tokens, input_weight, output_weight, dropout if training else 0.0)
         y = y.view(*x.shape[:-1], num_blocks * out_block)
         return y if output_bias is None else y + output_bias
+    if kernels_apply(x, compute_dtype(x)):
+        from monarch_mixer.kernels.gated_mlp import gated_mlp
+
+        y = gated_mlp(x, input_weight, output_weight, dropout if training else 0.0)
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], num_blocks * out_block)
+        return y if output_bias is None else y + output_bias.to(y.dtype)
     blocks = x.reshape(-1, num_blocks, in_block).transpose(0, 1)
     wide = torch.bmm(blocks, input_weight.transpose(1, 2))  # (num_blocks, tokens, 2 * inner_block)
     gates, values = wide.chunk(2)
@@ -99,6 +107,22 @@ class DimensionMixer(nn.Module):
             inner = F.gelu(inner)
         return self.output(F.dropout(inner, self.dropout, self.training))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `LayerNorm(mlp(x) + x)` of x (..., channels)."""
+    def forward(self, x: Tensor, channels_first: bool = False) -> Tensor:
+        """Return `LayerNorm(mlp(x) + x)` of x (..., channels).
+
+        The kernels' result has the dtype they compute in, autocast's where it is on.
+
+        Args:
+            x: (..., channels), any strides.
+            channels_first: a hint that the reader would like the channels first in memory. Where the kernels run,
+                `result.movedim(-1, 0)` is then contiguous; elsewhere the hint is ignored.
+        """
+        if self.blocks_align and x.shape[-1] <= MAX_KERNEL_WIDTH and kernels_apply(x, compute_dtype(x)):
+            from monarch_mixer.kernels.gated_mlp import gated_mlp
+            from monarch_mixer.kernels.layer_norm import block_layer_norm
+
+            y = gated_mlp(x, self.input.weight, self.output.weight, self.dropout if self.training else 0.0)
+            return block_layer_norm(
+                y, self.output.bias, x, self.norm.weight, self.norm.bias, self.norm.eps, channels_first=channels_first
+            )
         return self.norm(self.mlp(x) + x)

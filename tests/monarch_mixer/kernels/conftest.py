@@ -38,3 +38,31 @@ def poison(monkeypatch):
     for module in ("gates", "toeplitz", "monarch_fft"):
         monkeypatch.setattr(f"monarch_mixer.kernels.{module}.empty", empty)
     monkeypatch.setattr(support, "empty", empty)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ]
+)
+def device(request):
+    """Where a kernel test runs: in the interpreter on the CPU, or on a GPU."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """As `poison`, in every test, for modules that call `support.empty` by that name."""
+    from monarch_mixer.kernels import support
+
+    def empty(*shape, dtype, device):
+        return torch.full(shape, float("nan") if dtype.is_floating_point else -(2**30), dtype=dtype, device=device)
+
+    monkeypatch.setattr(support, "empty", empty)
