@@ -162,19 +162,32 @@ def _spectrum_kernel(
     channel = tl.program_id(0).to(tl.int64)
     distance = tl.program_id(1)
     block: tl.constexpr = ROWS * COLUMNS
-    cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
-    twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-    n = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    lag = (distance - num_distances // 2) * block + n
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    step: tl.constexpr = min(32, ROWS)
     base = taps_ptr + channel * (2 * length - 1) + length - 1
-    past = tl.load(base + lag, mask=(lag < length) & (lag > -length), other=0.0)
-    lag -= block
-    future = tl.load(base + lag, mask=(lag < length) & (lag > -length) & (n > 0), other=0.0)
+    first_lag = (distance - num_distances // 2) * block
     # The rows of the upper half of time are those of the lower, a quarter turn on: (-1)**k1 with cos and sin swapped.
-    sign = tl.where(tl.arange(0, ROWS) % 2 == 0, 1.0, -1.0)[:, None]
-    real = dot(cos, past, None, PRECISION) + sign * dot(sin, future, None, PRECISION)
-    negative_imag = dot(sin, past, None, PRECISION)
-    negative_imag -= sign * dot(cos, future, None, PRECISION)
+    sign = tl.where(row % 2 == 0, 1.0, -1.0)[:, None]
+    real = tl.zeros([ROWS, COLUMNS], tl.float32)
+    negative_imag = tl.zeros([ROWS, COLUMNS], tl.float32)
+    # Some rows of time at once: whole fp32 matrices would not fit the shared memory.
+    for start in range(0, ROWS, step):
+        time_row = start + tl.arange(0, step)
+        cos = tl.load(tables_ptr + row[:, None] * ROWS + time_row[None, :])
+        sin = tl.load(tables_ptr + ROWS * ROWS + row[:, None] * ROWS + time_row[None, :])
+        n = time_row[:, None] * COLUMNS + column[None, :]
+        lag = first_lag + n
+        past = tl.load(base + lag, mask=(lag < length) & (lag > -length), other=0.0)
+        lag -= block
+        future = tl.load(base + lag, mask=(lag < length) & (lag > -length) & (n > 0), other=0.0)
+        real = dot(cos, past, real, PRECISION)
+        real += sign * dot(sin, future, None, PRECISION)
+        negative_imag = dot(sin, past, negative_imag, PRECISION)
+        negative_imag -= sign * dot(cos, future, None, PRECISION)
+    n = row[:, None] * COLUMNS + column[None, :]
+    _, _, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
+    twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
     real, imag = _columns_to_frequency(
         real, negative_imag, twiddle_cos, twiddle_sin, cos2, sin2, negative2, tl.float32, PRECISION
     )
@@ -192,28 +205,40 @@ def _taps_gradient_kernel(
     channel = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1)  # lags from (first - 1 - num_distances // 2) * block up
     block: tl.constexpr = ROWS * COLUMNS
-    cos, sin, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    step: tl.constexpr = min(32, ROWS)
+    _, _, cos2, sin2, negative2 = _matrices(tables_ptr, ROWS, COLUMNS)
     twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-    n = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    n = row[:, None] * COLUMNS + column[None, :]
+    sign = tl.where(row % 2 == 0, 1.0, -1.0)[:, None]
     source = spectrum_ptr + (channel * num_distances + first) * 2 * block + n
-    if first >= 1:
-        out += _to_time(
-            tl.load(source - 2 * block), tl.load(source - block), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2,
-            rows=ROWS, dtype=tl.float32, PRECISION=PRECISION,
-        )  # fmt: skip
-    if first < num_distances:
-        real, imag = _columns_to_time(
-            tl.load(source), tl.load(source + block), twiddle_cos, twiddle_sin, cos2, sin2, negative2,
-            rows=ROWS, dtype=tl.float32, PRECISION=PRECISION,
-        )  # fmt: skip
-        sign = tl.where(tl.arange(0, ROWS) % 2 == 0, 1.0, -1.0)[:, None]
-        future = dot(sin, sign * real, None, PRECISION)
-        future += dot(cos, sign * imag, None, PRECISION)
-        out += tl.where(n > 0, future, 0.0)
-    lag = (first - 1 - num_distances // 2) * block + n
-    inside = (lag < length) & (lag > -length)
-    tl.store(out_ptr + channel * (2 * length - 1) + length - 1 + lag, out * scale, mask=inside)
+    before = first >= 1
+    after = first < num_distances
+    past_real, past_imag = _columns_to_time(
+        tl.load(source, mask=(n >= 0) & after, other=0.0), tl.load(source + block, mask=(n >= 0) & after, other=0.0),
+        twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, tl.float32, PRECISION,
+    )  # fmt: skip
+    past_real *= sign
+    past_imag *= sign
+    real, imag = _columns_to_time(
+        tl.load(source - 2 * block, mask=(n >= 0) & before, other=0.0),
+        tl.load(source - block, mask=(n >= 0) & before, other=0.0),
+        twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, tl.float32, PRECISION,
+    )  # fmt: skip
+    out = out_ptr + channel * (2 * length - 1) + length - 1
+    for start in range(0, ROWS, step):
+        time_row = start + tl.arange(0, step)
+        cos = tl.load(tables_ptr + time_row[:, None] * ROWS + row[None, :])
+        sin = tl.load(tables_ptr + ROWS * ROWS + time_row[:, None] * ROWS + row[None, :])
+        n_out = time_row[:, None] * COLUMNS + column[None, :]
+        taps = dot(sin, past_real, None, PRECISION)
+        taps = dot(cos, past_imag, taps, PRECISION)
+        taps = tl.where(n_out > 0, taps, 0.0)
+        taps = dot(cos, real, taps, PRECISION)
+        taps = dot(sin, -imag, taps, PRECISION)
+        lag = (first - 1 - num_distances // 2) * block + n_out
+        tl.store(out + lag, taps * scale, mask=(lag < length) & (lag > -length))
 
 
 @triton.jit

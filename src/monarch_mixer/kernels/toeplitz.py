@@ -19,8 +19,9 @@ from monarch_mixer.kernels.support import dot_precision, empty
 
 MAX_LENGTH = 128
 # Sequences of a tile and warps of a program, forward and backward.
-ROWS = {"forward": 128, "backward": 64}
-WARPS = {"forward": 8, "backward": 8}
+ROWS = {"forward": 64, "backward": 64}
+WARPS = {"forward": 4, "backward": 16}
+REGISTERS: dict[str, int | None] = {"forward": None, "backward": None}
 
 
 @triton.jit
@@ -212,6 +213,7 @@ def forward(
         channels, batch, length, channels * batch * length, num_parts,
         GATED=gated is not None, RESIDUAL=residual is not None, SAVE_INNER=inner is not None,
         ROWS=rows, BLOCK=_block(length), PRECISION=dot_precision(like.dtype), num_warps=WARPS["forward"], num_stages=1,
+        maxnreg=REGISTERS["forward"],
     )  # fmt: skip
     return out, inner
 
@@ -226,37 +228,38 @@ def backward(
 
     Arguments as in `forward`; `grad` is that of its first result, `inner` its second.
     """
-    projected, parameters, taps, skip = gated or (None,) * 4
-    x, residual_taps, residual_skip = residual or (None,) * 3
     channels, batch, length = grad.shape
     rows = _rows(batch, grad.dtype, "backward")
     block = _block(length)
     num_parts = _num_parts(channels, triton.cdiv(batch, rows))
 
-    def allocate_products() -> Tensor:
-        return empty(channels, num_parts, block, block, dtype=torch.float32, device=grad.device)
+    def launch(
+        gated: tuple[Tensor, Tensor, Tensor, Tensor] | None, residual: tuple[Tensor, Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        projected, parameters, taps, skip = gated or (None,) * 4
+        x, residual_taps, residual_skip = residual or (None,) * 3
+        planes = 3 if gated else 1
+        out = empty(planes * channels, batch, length, dtype=grad.dtype, device=grad.device)
+        products = empty(channels, num_parts, block, block, dtype=torch.float32, device=grad.device)
+        _backward_kernel[(channels, num_parts)](
+            projected, parameters, taps, skip, x, residual_taps, residual_skip, inner, grad,
+            *((out, None, products, None) if gated else (None, out, None, products)),
+            channels, batch, length, channels * batch * length, num_parts,
+            GATED=gated is not None, RESIDUAL=residual is not None,
+            ROWS=rows, BLOCK=block, PRECISION=dot_precision(grad.dtype), num_warps=WARPS["backward"], num_stages=1,
+            maxnreg=REGISTERS["backward"],
+        )  # fmt: skip
+        return out, _diagonal_sums(products, length)
 
-    grad_short = empty(3 * channels, batch, length, dtype=grad.dtype, device=grad.device) if gated else None
-    grad_input = empty(channels, batch, length, dtype=grad.dtype, device=grad.device) if residual else None
-    products = allocate_products() if gated else None
-    residual_products = allocate_products() if residual else None
-    _backward_kernel[(channels, num_parts)](
-        projected, parameters, taps, skip, x, residual_taps, residual_skip, inner, grad,
-        grad_short, grad_input, products, residual_products,
-        channels, batch, length, channels * batch * length, num_parts,
-        GATED=gated is not None, RESIDUAL=residual is not None,
-        ROWS=rows, BLOCK=block, PRECISION=dot_precision(grad.dtype), num_warps=WARPS["backward"], num_stages=1,
-    )  # fmt: skip
-    grad_taps = None if products is None else _diagonal_sums(products, length)
-    grad_residual_taps = None if residual_products is None else _diagonal_sums(residual_products, length)
-    return Gradients(
-        short=grad_short,
-        operand=grad_taps,
-        skip=None if grad_taps is None else grad_taps[:, length - 1].clone(),  # the weight of lag 0
-        x=grad_input,
-        residual_operand=grad_residual_taps,
-        residual_skip=None if grad_residual_taps is None else grad_residual_taps[:, length - 1].clone(),
-    )
+    gradients = Gradients()
+    # One after the other: together their matrices and sums would leave no room for a second program on a processor.
+    if residual is not None:
+        x, taps = launch(None, residual)
+        gradients = gradients._replace(x=x, residual_operand=taps, residual_skip=taps[:, length - 1].clone())
+    if gated is not None:
+        short, taps = launch(gated, None)
+        gradients = gradients._replace(short=short, operand=taps, skip=taps[:, length - 1].clone())
+    return gradients
 
 
 def _num_parts(channels: int, blocks: int) -> int:
