@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +18,9 @@ from bert.attention import SelfAttention
 from bert.configuration import M2BertConfig
 from bert.masked_lm import MaskedLMRowsOutput, masked_lm_output
 from monarch_mixer import BlockDiagonalLinear, DimensionMixer, ImplicitFilter, MonarchSequenceMixer
+from monarch_mixer.filters import two_sided_taps
+from monarch_mixer.kernels.support import compute_dtype, kernels_apply
+from monarch_mixer.normalization import layer_norm
 
 # The prediction head's LayerNorm keeps this whatever the configuration says, as in the published models.
 HEAD_LAYER_NORM_EPS = 1e-12
@@ -36,6 +39,7 @@ class Embeddings(nn.Module):
         )
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.for_monarch_mixer = config.monarch_mixer_sequence_mixing
 
     def forward(
         self,
@@ -55,6 +59,10 @@ class Embeddings(nn.Module):
             if position_ids is None:
                 position_ids = torch.arange(hidden.shape[1], device=hidden.device)
             hidden = hidden + self.position_embeddings(position_ids)
+        if self.for_monarch_mixer:
+            # The first mixer reads channels first; the baseline's layers keep the fp32 that autocast gives a LayerNorm.
+            norm = self.norm
+            return self.dropout(layer_norm(hidden, norm.weight, norm.bias, norm.eps, channels_first=True))
         return self.dropout(self.norm(hidden))
 
 
@@ -93,11 +101,22 @@ class M2BertLayer(nn.Module):
         )
         self.uses_mask = not config.monarch_mixer_sequence_mixing
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Map (batch, length, hidden) to the same; `attention_mask` is for the attention baseline."""
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        channels_first: bool = False,
+        cache_filters: bool = True,
+        *taps: Tensor,
+    ) -> Tensor:
+        """Map (batch, length, hidden) to the same.
+
+        `attention_mask` is for the attention baseline; the others are hints (see `DimensionMixer.forward` and
+        `MonarchSequenceMixer.forward`), which the baseline and the CPU ignore.
+        """
         if self.uses_mask:
             return self.dimension_mixer(self.sequence_mixer(hidden, attention_mask))
-        return self.dimension_mixer(self.sequence_mixer(hidden))
+        return self.dimension_mixer(self.sequence_mixer(hidden, taps or None, cache_filters), channels_first)
 
 
 class Encoder(nn.Module):
@@ -115,14 +134,32 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Return the last hidden states and, on demand, those before and after each layer."""
         all_hidden = [hidden]
-        for layer in self.layers:
+        # Layers that something wraps (FSDP) have their weights only while they run, and change them unseen.
+        plain = all(type(layer) is M2BertLayer for layer in self.layers)
+        taps = self._evaluate_filters(hidden) if plain else None
+        for index, layer in enumerate(self.layers):
+            channels_first = index + 1 < len(self.layers)  # as the next sequence mixer reads them
+            arguments = (hidden, attention_mask, channels_first, plain, *(taps[index] if taps else ()))
             if self.gradient_checkpointing and self.training:
-                hidden = self._gradient_checkpointing_func(layer.__call__, hidden, attention_mask)
+                hidden = self._gradient_checkpointing_func(layer.__call__, *arguments)
             else:
-                hidden = layer(hidden, attention_mask)
+                hidden = layer(*arguments)
             if output_hidden_states:
                 all_hidden.append(hidden)
         return hidden, tuple(all_hidden) if output_hidden_states else None
+
+    def _evaluate_filters(self, hidden: Tensor) -> list[tuple[Tensor, ...]] | None:
+        """Evaluate the filters of all layers together, for the kernels in training; None where layers do it."""
+        mixers = [layer.sequence_mixer for layer in cast(Iterable[M2BertLayer], self.layers)]
+        first = mixers[0]
+        if not isinstance(first, MonarchSequenceMixer) or not torch.is_grad_enabled():
+            return None
+        if not kernels_apply(hidden, compute_dtype(hidden)):
+            return None
+        filters = [implicit_filter for mixer in mixers for implicit_filter in mixer.filters()]
+        taps = two_sided_taps([f.tensors() for f in filters], hidden.shape[1], first.filter.frequency_scale).unbind()
+        each = len(first.filters())
+        return [taps[start : start + each] for start in range(0, len(taps), each)]
 
 
 class Pooler(nn.Module):

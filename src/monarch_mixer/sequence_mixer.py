@@ -13,6 +13,7 @@ from monarch_mixer import cpu
 from monarch_mixer.filters import ImplicitFilter, two_sided_taps
 from monarch_mixer.kernels.support import compute_dtype, kernels_apply
 from monarch_mixer.long_convolution import long_convolution, short_convolution
+from monarch_mixer.normalization import layer_norm
 
 SHORT_CONVOLUTION_TAPS = 3
 # The mixer's own LayerNorm; the rest of M2-BERT uses the configuration's 1e-12.

@@ -35,6 +35,12 @@ INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 INTERPRETING = tl.constexpr(support.interpreting())
 
 
+# Pieces of the batch whose weight gradients are summed apart.
+TOKEN_PARTS = 16
+# Wider input blocks do not fit the registers whole.
+HOLD_MAX_BLOCK = 192
+
+
 class Config(NamedTuple):
     """How a kernel is cut into programs."""
 
@@ -54,14 +60,21 @@ def forward_config(in_block: int, dtype: torch.dtype) -> Config:
     """Return the forward kernel's configuration for input blocks of this width."""
     if dtype == torch.float32:
         return Config("tiles", 64, 64, 32, 4, 2)
-    return Config("tiles", 128, 128, _block_k(in_block, 64), 8, 3)
+    if in_block <= HOLD_MAX_BLOCK:
+        return Config("hold_x", 128, 32, 16, 8, 3, 2, _gelu(dtype))
+    return Config("tiles", 64, 128, _block_k(in_block, 64), 4, 2, gelu=_gelu(dtype))
 
 
 def backward_config(in_block: int, dtype: torch.dtype) -> Config:
     """Return the backward kernel's configuration for input blocks of this width."""
     if dtype == torch.float32:
         return Config("tiles", 64, 64, 32, 4, 2)
-    return Config("tiles", 128, 64, _block_k(in_block, 64), 8, 3)
+    return Config("tiles", 64, 64, _block_k(in_block, 64), 4, 2, gelu=_gelu(dtype))
+
+
+def _gelu(dtype: torch.dtype) -> str:
+    """bf16 rounds more coarsely than the hardware's tanh; fp16 does not."""
+    return "tanh" if dtype == torch.bfloat16 else "sigmoid"
 
 
 def _block_k(width: int, most: int) -> int:
@@ -126,11 +139,27 @@ def _gated_mlp_backward(grad, x, input_weight, output_weight, seed, dropout):
     num_blocks, _, in_block = input_weight.shape
     grad_wide, inner = gated_backward(grad, x, input_weight, output_weight, seed, dropout)
     grad_output_weight = torch.bmm(grad.transpose(1, 2), inner)
-    blocks = x.unflatten(1, (num_blocks, in_block)).transpose(0, 1)
-    grad_input_weight = torch.bmm(grad_wide.transpose(1, 2), blocks)
+    grad_input_weight = _input_weight_gradient(grad_wide, x)
     grad_x = support.empty(x.shape[0], num_blocks, in_block, dtype=x.dtype, device=x.device)
     torch.bmm(grad_wide, input_weight, out=grad_x.transpose(0, 1))
     return grad_x.flatten(1), grad_input_weight, grad_output_weight
+
+
+def _input_weight_gradient(grad_wide: Tensor, x: Tensor) -> Tensor:
+    """Return the sum over the tokens of grad_wide (num_blocks, tokens, wide) times x, (num_blocks, wide, in_block).
+
+    So few, so long sums would leave most of a GPU idle: many tokens are summed in parts first.
+    """
+    num_blocks, tokens, wide = grad_wide.shape
+    blocks = x.unflatten(1, (num_blocks, -1))
+    if tokens < 1024 * TOKEN_PARTS or tokens % TOKEN_PARTS:
+        return torch.bmm(grad_wide.transpose(1, 2), blocks.transpose(0, 1))
+    shape = (TOKEN_PARTS, tokens // TOKEN_PARTS)
+    sums = [
+        torch.bmm(grad.unflatten(0, shape).transpose(1, 2), blocks[:, block].unflatten(0, shape)).sum(0)
+        for block, grad in enumerate(grad_wide)
+    ]
+    return torch.stack(sums)
 
 
 @_gated_mlp_backward.register_fake

@@ -84,47 +84,69 @@ def short_convolve(ptr, offset, position, valid, length, parameters, row, MASKED
 
 
 @triton.jit
-def _short_convolution_backward_kernel(
-    grad_ptr, projected_ptr, parameters, out_ptr, sums_ptr, batch, length, num_parts, BLOCK: tl.constexpr
-):
-    """Gradient of the projection, and of the taps and biases summed over this program's share of (batch, length).
+def _advance(x, last):
+    """Move x (..., 4) one place back along its last axis, with `last` (...) coming in at its end."""
+    rows: tl.constexpr = x.shape[0]
+    columns: tl.constexpr = x.shape[1]
+    even, odd = tl.split(tl.reshape(x, (rows, columns, 2, 2)))
+    _, x2 = tl.split(even)
+    return tl.reshape(tl.join(odd, tl.join(x2, last)), (rows, columns, 4))
 
-    The positions of all sequences of a channel are one row; a program walks every `num_parts`-th block of it.
-    """
+
+@triton.jit
+def _short_convolution_backward_kernel(
+    grad_ptr, projected_ptr, parameters, out_ptr, sums_ptr, batch, length, num_parts,
+    ROWS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the projection, and of the taps and biases summed over this program's share of a channel."""
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = parameters + channel * 5
     past2, past1, now = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     input_bias = tl.load(row + 4)
-    total = batch * length
-    base = channel * total
-    sum0 = tl.zeros([BLOCK], tl.float32)
-    sum1 = tl.zeros([BLOCK], tl.float32)
-    sum2 = tl.zeros([BLOCK], tl.float32)
-    sum_bias = tl.zeros([BLOCK], tl.float32)
-    sum_out = tl.zeros([BLOCK], tl.float32)
-    for block in range(part, tl.cdiv(total, BLOCK), num_parts):
-        index = block * BLOCK + tl.arange(0, BLOCK)
-        position = index % length
-        valid = index < total
-        offset = base + index
-        grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        next1 = tl.load(grad_ptr + offset + 1, mask=valid & (position + 1 < length), other=0.0).to(tl.float32)
-        next2 = tl.load(grad_ptr + offset + 2, mask=valid & (position + 2 < length), other=0.0).to(tl.float32)
-        out = now * grad + past1 * next1 + past2 * next2
-        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=valid)
-        x0 = tl.load(projected_ptr + offset, mask=valid, other=0.0).to(tl.float32) + input_bias
+    start = channel * batch * length
+    grad_ptr += start
+    projected_ptr += start
+    out_ptr += start
+    sum_now = tl.zeros([ROWS, RUNS, 4], tl.float32)
+    sum_past1 = tl.zeros([ROWS, RUNS, 4], tl.float32)
+    sum_past2 = tl.zeros([ROWS, RUNS, 4], tl.float32)
+    sum_grad = tl.zeros([ROWS, RUNS, 4], tl.float32)
+    sum_out = tl.zeros([ROWS, RUNS, 4], tl.float32)
+    steps = tl.cdiv(length, 8 * RUNS)
+    step8 = tl.arange(0, 8)[None, None, :]
+    pair = tl.arange(0, 2)[None, None, :] + 8
+    for item in range(part, tl.cdiv(batch, ROWS) * steps, num_parts):
+        sequence = item // steps * ROWS + tl.arange(0, ROWS)[:, None]
+        position = ((item % steps) * RUNS + tl.arange(0, RUNS)[None, :]) * 8
+        offset = sequence * length + position
+        valid = (sequence < batch) & (position < length)
+        inside = valid[:, :, None] & (position[:, :, None] + step8 < length)
+        here = offset[:, :, None] + step8
+        grad = tl.load(grad_ptr + here, mask=inside, other=0.0).to(tl.float32)
+        beyond = valid[:, :, None] & (position[:, :, None] + pair < length)
+        halo = tl.load(grad_ptr + (offset[:, :, None] + pair), mask=beyond, other=0.0).to(tl.float32)
+        x = tl.load(projected_ptr + here, mask=inside, other=0.0).to(tl.float32) + input_bias
+        halo_even, halo_odd = tl.split(halo)
+        even, odd = tl.split(tl.reshape(grad, (ROWS, RUNS, 4, 2)))
+        x_even, x_odd = tl.split(tl.reshape(x, (ROWS, RUNS, 4, 2)))
+        next_even = _advance(even, halo_even)
+        next_odd = _advance(odd, halo_odd)
+        out_even = now * even + past1 * odd + past2 * next_even
+        out_odd = now * odd + past1 * next_even + past2 * next_odd
+        out = tl.reshape(tl.join(out_even, out_odd), (ROWS, RUNS, 8))
+        tl.store(out_ptr + here, out.to(out_ptr.dtype.element_ty), mask=inside)
         # The product of the gradient at t with the input at t - j is that of the gradient at t + j with the input at t.
-        sum0 += grad * x0
-        sum1 += next1 * x0
-        sum2 += next2 * x0
-        sum_bias += grad
-        sum_out += out
+        sum_now += even * x_even + odd * x_odd
+        sum_past1 += odd * x_even + next_even * x_odd
+        sum_past2 += next_even * x_even + next_odd * x_odd
+        sum_grad += even + odd
+        sum_out += out_even + out_odd
     sums = sums_ptr + (channel * num_parts + part) * 5
-    tl.store(sums, tl.sum(sum2))
-    tl.store(sums + 1, tl.sum(sum1))
-    tl.store(sums + 2, tl.sum(sum0))
-    tl.store(sums + 3, tl.sum(sum_bias))
+    tl.store(sums, tl.sum(sum_past2))
+    tl.store(sums + 1, tl.sum(sum_past1))
+    tl.store(sums + 2, tl.sum(sum_now))
+    tl.store(sums + 3, tl.sum(sum_grad))
     tl.store(sums + 4, tl.sum(sum_out))
 
 
@@ -138,12 +160,14 @@ def short_convolution_backward(grad: Tensor, projected: Tensor, parameters: Tens
     """
     rows, batch, length = projected.shape
     out = empty(rows, batch, length, dtype=projected.dtype, device=projected.device)
+    runs = min(256, triton.next_power_of_2(triton.cdiv(length, 8)))
+    sequences = 256 // runs
+    items = triton.cdiv(batch, sequences) * triton.cdiv(length, 8 * runs)
     # Enough programs for any GPU, and each with work enough to make its sums cheap.
-    block = 1024
-    num_parts = max(1, min(triton.cdiv(batch * length, 4 * block), 16))
+    num_parts = max(1, min(triton.cdiv(items, 4), 8))
     sums = empty(rows, num_parts, 5, dtype=torch.float32, device=projected.device)
     _short_convolution_backward_kernel[(rows, num_parts)](
-        grad, projected, parameters, out, sums, batch, length, num_parts, BLOCK=block, num_warps=4
+        grad, projected, parameters, out, sums, batch, length, num_parts, ROWS=sequences, RUNS=runs, num_warps=4
     )
     return out, sums.sum(1)
 

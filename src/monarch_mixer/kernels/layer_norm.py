@@ -35,7 +35,7 @@ def forward_config(width: int, channels_first: bool) -> Config:
     """Return the forward kernel's configuration."""
     block = triton.next_power_of_2(width)
     if channels_first:  # as many tokens as registers allow: that is how far writes are contiguous
-        return Config(max(1, min(32, 32768 // block)), 16 if block > 512 else 8)
+        return Config(max(1, min(16, 16384 // block)), 8 if block <= 4096 else 16)
     return _rows_config(block)
 
 
@@ -43,7 +43,7 @@ def backward_config(width: int, channels_first: bool) -> Config:
     """Return the backward kernel's configuration; `channels_first` is the layout of the gradient that comes in."""
     block = triton.next_power_of_2(width)
     if channels_first:
-        return Config(max(1, min(16, 16384 // block)), 8 if block <= 4096 else 16)
+        return Config(max(1, min(8, 8192 // block)), 4 if block <= 4096 else 16)
     return _rows_config(block)
 
 

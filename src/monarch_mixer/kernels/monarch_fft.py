@@ -46,7 +46,8 @@ MAX_BLOCK = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 8192}
 TILE = {"forward": 8192, "backward": 8192}
 WARPS = {"forward": 8, "backward": 8, "blocks": 8}
 # The batch is split where that makes at most so many programs.
-KEEP = {"forward": 0, "backward": 0}
+KEEP = {"forward": 2, "backward": 2}
+STAGES = {"forward": 1, "backward": 1}
 PROGRAMS = {"forward": 1536, "backward": 1536, "blocks": 3072}
 
 
@@ -769,7 +770,7 @@ def forward(
             projected, parameters, filter_spectrum, skip, x, residual_spectrum, residual_skip, out, inner,
             tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
             **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=KEEP["forward"], MASKED=length % block != 0, PRECISION=precision,
-            num_warps=WARPS["forward"], num_stages=1,
+            num_warps=WARPS["forward"], num_stages=STAGES["forward"],
         )  # fmt: skip
         return out, inner
     num_parts = _block_parts(channels, batch * num_blocks)
@@ -853,7 +854,7 @@ def _convolution_backward(
             projected, parameters, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_spectrum,
             grad_skip, tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
             GATED=gated is not None, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=KEEP["backward"],
-            MASKED=length % block != 0, PRECISION=precision, num_warps=WARPS["backward"], num_stages=1,
+            MASKED=length % block != 0, PRECISION=precision, num_warps=WARPS["backward"], num_stages=STAGES["backward"],
         )  # fmt: skip
         return out, grad_spectrum.sum(1), grad_skip.sum(1)
     num_parts = _block_parts(channels, batch * num_blocks)

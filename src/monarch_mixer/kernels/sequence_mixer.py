@@ -21,7 +21,7 @@ TOEPLITZ = 0  # in the place of a block
 
 def method_for(length: int, dtype: torch.dtype) -> int:
     """Return how sequences of a length are convolved: TOEPLITZ, or the block of a transform."""
-    return TOEPLITZ if length <= toeplitz.MAX_LENGTH else monarch_fft.block_for(length, dtype)
+    return TOEPLITZ if length <= toeplitz.MAX_LENGTH[dtype] else monarch_fft.block_for(length, dtype)
 
 
 def operand(taps: Tensor, dtype: torch.dtype, method: int | None = None) -> Tensor:
