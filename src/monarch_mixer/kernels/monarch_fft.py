@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,23 +32,32 @@ from monarch_mixer.kernels.gates import Gradients, short_convolve
 from monarch_mixer.kernels.products import dot
 from monarch_mixer.kernels.support import dot_precision, empty
 
-# block -> (rows, columns); operations a token are 8 * rows + 16 * columns, and a tensor core wants 64 rows.
-FACTORS = {
-    256: (16, 16),
-    512: (32, 16),
-    1024: (64, 16),
-    2048: (64, 32),
-    4096: (128, 32),
-    8192: (128, 64),
+
+class Shape(NamedTuple):
+    """How a transform of 2 * block points is factored, and how programs are cut."""
+
+    rows: int
+    columns: int
+    sequences: int  # of a tile, where a sequence fits one block
+    warps: int
+    keep: int  # whether programs keep twiddles (1) and filters too (2) in registers: see `_forward_kernel`
+
+
+# By block = rows * columns. Operations a token are 8 * rows + 16 * columns. Up to 2,048 the shapes are such that Triton
+# multiplies by warps rather than by groups of four of them (under 64 rows, or two warps): the many small products of
+# one program in the other form, 64 rows by 16 or 32 columns, made Triton 3.6 read outside the shared memory (seen with
+# compute-sanitizer on an H100). No tile loses by it: they wait for memory, not for products.
+SHAPES = {
+    256: Shape(16, 16, 4, 2, 2),
+    512: Shape(32, 16, 2, 2, 2),
+    1024: Shape(32, 32, 1, 2, 2),
+    2048: Shape(32, 64, 1, 4, 2),
+    4096: Shape(64, 64, 1, 4, 0),
+    8192: Shape(128, 64, 1, 8, 0),
 }
 # In fp32 the tiles of larger ones do not fit.
 MAX_BLOCK = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 8192}
-# Elements of a tile, which sequences of a short block share, and warps of a program, forward and backward.
-TILE = {"forward": 8192, "backward": 8192}
-WARPS = {"forward": 8, "backward": 8, "blocks": 8}
 # The batch is split where that makes at most so many programs.
-KEEP = {"forward": 2, "backward": 2}
-STAGES = {"forward": 1, "backward": 1}
 PROGRAMS = {"forward": 1536, "backward": 1536, "blocks": 3072}
 
 
@@ -665,7 +675,7 @@ def _blocks_spectrum_gradient_kernel(
 @functools.lru_cache(maxsize=64)
 def _tables(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the matrices (cos, sin of rows; cos, sin, -sin of columns), scaled to keep norms, and the twiddle's cos, sin."""
-    rows, columns = FACTORS[block]
+    rows, columns = SHAPES[block][:2]
     k1 = torch.arange(rows, dtype=torch.float64)[:, None] + 0.5
     # Counting time from half a step earlier makes the matrix symmetric; the twiddle takes the difference.
     first = math.pi * k1 * k1.t() / rows
@@ -686,7 +696,7 @@ def _tables(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 
 def block_for(length: int, dtype: torch.dtype) -> int:
     """Return the block of a sequence: the smallest that holds it, or the largest there is."""
-    return min(MAX_BLOCK[dtype], max(min(FACTORS), triton.next_power_of_2(length)))
+    return min(MAX_BLOCK[dtype], max(min(SHAPES), triton.next_power_of_2(length)))
 
 
 def spectrum(taps: Tensor, block: int, dtype: torch.dtype) -> Tensor:
@@ -694,7 +704,7 @@ def spectrum(taps: Tensor, block: int, dtype: torch.dtype) -> Tensor:
 
     Args:
         taps: (channels, 2 * length - 1) in fp32, from the most negative lag up.
-        block: a key of FACTORS.
+        block: a key of SHAPES.
         dtype: the dtype the convolution will run in; fp32 makes this exact to fp32 too.
 
     Returns:
@@ -702,7 +712,7 @@ def spectrum(taps: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     """
     channels, lags = taps.shape
     length = (lags + 1) // 2
-    rows, columns = FACTORS[block]
+    rows, columns = SHAPES[block][:2]
     num_distances = 2 * triton.cdiv(length, block) - 1
     out = empty(channels, num_distances, 2, rows, columns, dtype=torch.float32, device=taps.device)
     tables, twiddle = _tables(block, torch.float32, taps.device)
@@ -736,10 +746,6 @@ def _filter_precision(dtype: torch.dtype) -> str:
     return dot_precision(dtype) if dtype == torch.float32 else "tf32"
 
 
-def _sequences(batch: int, block: int, direction: str) -> int:
-    return max(1, min(TILE[direction] // block, triton.next_power_of_2(batch)))
-
-
 def _block_parts(channels: int, items: int) -> int:
     return max(1, min(items, PROGRAMS["blocks"] // channels))
 
@@ -764,13 +770,13 @@ def forward(
     inner = empty(channels, batch, length, dtype=like.dtype, device=like.device) if save_inner and gated else None
     switches = {"GATED": gated is not None, "RESIDUAL": residual is not None, "SAVE_INNER": inner is not None}
     if num_blocks == 1:
-        sequences = _sequences(batch, block, "forward")
+        sequences = min(SHAPES[block].sequences, triton.next_power_of_2(batch))
         num_parts = max(1, min(triton.cdiv(batch, sequences), PROGRAMS["forward"] // channels))
         _forward_kernel[(channels, num_parts)](
             projected, parameters, filter_spectrum, skip, x, residual_spectrum, residual_skip, out, inner,
             tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
-            **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=KEEP["forward"], MASKED=length % block != 0, PRECISION=precision,
-            num_warps=WARPS["forward"], num_stages=STAGES["forward"],
+            **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=SHAPES[block].keep, MASKED=length % block != 0, PRECISION=precision,
+            num_warps=SHAPES[block].warps, num_stages=1,
         )  # fmt: skip
         return out, inner
     num_parts = _block_parts(channels, batch * num_blocks)
@@ -779,7 +785,7 @@ def forward(
     _blocks_forward_kernel[(channels, num_parts)](
         projected, parameters, blocks, filter_spectrum, skip, residual_blocks, residual_spectrum, residual_skip,
         out, inner, tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
-        **switches, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision, num_warps=WARPS["blocks"], num_stages=1,
+        **switches, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision, num_warps=SHAPES[block].warps, num_stages=1,
     )  # fmt: skip
     return out, inner
 
@@ -798,13 +804,14 @@ def _blocks_to_frequency(
     channels = like_spectrum.shape[0]
     rows, columns = like_spectrum.shape[-2:]
     batch, length = like.shape[1:]
-    tables, twiddle = _tables(rows * columns, like.dtype, like.device)
+    block = rows * columns
+    tables, twiddle = _tables(block, like.dtype, like.device)
     num_parts = _block_parts(channels, batch * num_blocks)
     out = empty(channels, batch, num_blocks, 2, rows, columns, dtype=like.dtype, device=like.device)
     _blocks_to_frequency_kernel[(channels, num_parts)](
         projected, parameters, x, x, out, tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
-        SOURCE=source, ROWS=rows, COLUMNS=columns, MASKED=length % (rows * columns) != 0,
-        PRECISION=dot_precision(like.dtype), num_warps=WARPS["blocks"], num_stages=1,
+        SOURCE=source, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0,
+        PRECISION=dot_precision(like.dtype), num_warps=SHAPES[block].warps, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -846,15 +853,15 @@ def _convolution_backward(
     out = empty(planes * channels, batch, length, dtype=grad.dtype, device=grad.device)
     grad_short, grad_input = (out, None) if gated else (None, out)
     if num_blocks == 1:
-        sequences = _sequences(batch, block, "backward")
+        sequences = min(SHAPES[block].sequences, triton.next_power_of_2(batch))
         num_parts = max(1, min(triton.cdiv(batch, sequences), PROGRAMS["backward"] // channels))
         grad_spectrum = empty(channels, num_parts, 1, 2, rows, columns, dtype=torch.float32, device=grad.device)
         grad_skip = empty(channels, num_parts, dtype=torch.float32, device=grad.device)
         _backward_kernel[(channels, num_parts)](
             projected, parameters, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_spectrum,
             grad_skip, tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
-            GATED=gated is not None, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=KEEP["backward"],
-            MASKED=length % block != 0, PRECISION=precision, num_warps=WARPS["backward"], num_stages=STAGES["backward"],
+            GATED=gated is not None, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=SHAPES[block].keep,
+            MASKED=length % block != 0, PRECISION=precision, num_warps=SHAPES[block].warps, num_stages=1,
         )  # fmt: skip
         return out, grad_spectrum.sum(1), grad_skip.sum(1)
     num_parts = _block_parts(channels, batch * num_blocks)
@@ -864,7 +871,7 @@ def _convolution_backward(
     _blocks_backward_kernel[(channels, num_parts)](
         projected, parameters, grad_blocks, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_skip,
         tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
-        GATED=gated is not None, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision, num_warps=WARPS["blocks"], num_stages=1,
+        GATED=gated is not None, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision, num_warps=SHAPES[block].warps, num_stages=1,
     )  # fmt: skip
     grad_spectrum = empty(channels, num_distances, 2, rows, columns, dtype=torch.float32, device=grad.device)
     piece = min(1024, block)

@@ -47,7 +47,7 @@ def _spectrum(taps: Tensor, block: int, exact: bool) -> Tensor:
 def _(taps: Tensor, block: int, exact: bool) -> Tensor:
     channels, lags = taps.shape
     distances = 2 * (-(-(lags + 1) // (2 * block))) - 1
-    return taps.new_empty(channels, distances, 2, *monarch_fft.FACTORS[block])
+    return taps.new_empty(channels, distances, 2, *monarch_fft.SHAPES[block][:2])
 
 
 @torch.library.custom_op("monarch_mixer::taps_gradient", mutates_args=())

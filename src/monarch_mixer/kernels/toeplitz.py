@@ -20,10 +20,9 @@ from monarch_mixer.kernels.support import dot_precision, empty
 # In fp32 the matrices of longer ones do not fit.
 MAX_LENGTH = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
 # Sequences of a tile and warps of a program, forward and backward.
-ROWS = {"forward": 64, "backward": 64}
-WARPS = {"forward": 4, "backward": 16}
-REGISTERS: dict[str, int | None] = {"forward": None, "backward": None}
-STAGES = {"forward": 2, "backward": 1}
+ROWS = {"forward": 64, "backward": 32}
+WARPS = {"forward": 4, "backward": 8}
+REGISTERS: dict[str, int | None] = {"forward": None, "backward": 128}
 
 
 @triton.jit
@@ -214,7 +213,7 @@ def forward(
         projected, parameters, taps, skip, x, residual_taps, residual_skip, out, inner,
         channels, batch, length, channels * batch * length, num_parts,
         GATED=gated is not None, RESIDUAL=residual is not None, SAVE_INNER=inner is not None,
-        ROWS=rows, BLOCK=_block(length), PRECISION=dot_precision(like.dtype), num_warps=WARPS["forward"], num_stages=STAGES["forward"],
+        ROWS=rows, BLOCK=_block(length), PRECISION=dot_precision(like.dtype), num_warps=WARPS["forward"], num_stages=1,
         maxnreg=REGISTERS["forward"],
     )  # fmt: skip
     return out, inner
@@ -248,7 +247,7 @@ def backward(
             *((out, None, products, None) if gated else (None, out, None, products)),
             channels, batch, length, channels * batch * length, num_parts,
             GATED=gated is not None, RESIDUAL=residual is not None,
-            ROWS=rows, BLOCK=block, PRECISION=dot_precision(grad.dtype), num_warps=WARPS["backward"], num_stages=STAGES["backward"],
+            ROWS=rows, BLOCK=block, PRECISION=dot_precision(grad.dtype), num_warps=WARPS["backward"], num_stages=1,
             maxnreg=REGISTERS["backward"],
         )  # fmt: skip
         return out, _diagonal_sums(products, length)
