@@ -177,40 +177,39 @@ def build_masked_lm(
     Raises:
         RecipeError: the name or a field is unknown, or a value impossible.
     """
+    fields = model_config(name, config)
+    return MaskedLanguageModel(MODELS[name](fields), train_mask_rate=train_mask_rate, eval_mask_rate=eval_mask_rate)
+
+
+def model_config(name: str, config: Mapping[str, Any]) -> M2BertConfig | BertConfig:
+    """Return the configuration that a recipe's `model` section describes; errors as in `build_masked_lm`."""
     if name not in MODELS:
         raise RecipeError(f"model.name '{name}' is unknown: {nearest(name, MODELS)}")
-    return MaskedLanguageModel(
-        MODELS[name](dict(config)), train_mask_rate=train_mask_rate, eval_mask_rate=eval_mask_rate
-    )
-
-
-def _m2_bert(config: dict[str, Any], monarch: bool = True) -> M2BertForMaskedLM | HuggingFaceBert:
-    if config.setdefault("monarch_mixer_sequence_mixing", monarch) is not monarch:
+    if name == "hf_bert":
+        return _hf_bert_config(config)
+    monarch = name == "m2_bert"
+    if config.get("monarch_mixer_sequence_mixing", monarch) is not monarch:
         raise RecipeError("model.config.monarch_mixer_sequence_mixing contradicts model.name; leave it out")
-    fields = M2BertConfig.from_recipe(config)
+    fields = M2BertConfig.from_recipe({**config, "monarch_mixer_sequence_mixing": monarch})
     fields.vocab_size = padded_vocab_size(fields.vocab_size)
-    return M2BertForMaskedLM(fields)
+    return fields
 
 
-def _attention_bert(config: dict[str, Any]) -> M2BertForMaskedLM | HuggingFaceBert:
-    return _m2_bert(config, monarch=False)
-
-
-def _hf_bert(config: dict[str, Any]) -> M2BertForMaskedLM | HuggingFaceBert:
+def _hf_bert_config(config: Mapping[str, Any]) -> BertConfig:
     fields = [name for name in inspect.signature(BertConfig.__init__).parameters if name not in ("self", "kwargs")]
     for name in config:
         if name not in fields:
             raise RecipeError(f"model.config has no '{name}': {nearest(name, fields)}")
     try:
-        return HuggingFaceBert(BertConfig(**config))
+        return BertConfig(**config)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model.config: {error}") from error
 
 
-MODELS: dict[str, Callable[[dict[str, Any]], M2BertForMaskedLM | HuggingFaceBert]] = {
-    "m2_bert": _m2_bert,
-    "attention_bert": _attention_bert,
-    "hf_bert": _hf_bert,
+MODELS: dict[str, Callable[[Any], M2BertForMaskedLM | HuggingFaceBert]] = {
+    "m2_bert": M2BertForMaskedLM,
+    "attention_bert": M2BertForMaskedLM,
+    "hf_bert": HuggingFaceBert,
 }
 
 
