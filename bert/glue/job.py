@@ -190,21 +190,28 @@ class JobProgress(Callback):
         if not force and now - self._written < 1.0:
             return
         self._written = now
-        elapsed = state.get_elapsed_duration()
-        share = float(elapsed.value) if elapsed is not None and elapsed.unit == TimeUnit.DURATION else 0.0
-        total = round(state.timestamp.batch.value / share) if share else None
-        spent = now - self._in_fit
+        step, steps = state.timestamp.batch.value, _total_steps(state)
         metric = {name: float(value.compute()) for name, value in _last_metrics(state).items()}
         write_json(
             self.path,
             {
-                "step": state.timestamp.batch.value,
-                "steps": total,
-                "seconds_left": spent / share - spent if share else None,
+                "step": step,
+                "steps": steps,
+                "seconds_left": (now - self._in_fit) * (steps / step - 1) if steps and step else None,
                 "loss": (state.total_loss_dict or {}).get("loss/train/total"),
                 "metric": metric,
             },
         )
+
+
+def _total_steps(state: State) -> int | None:
+    """Optimizer steps of the whole run; None where only the data could say."""
+    duration = state.max_duration
+    if duration is None or state.dataloader_len is None:
+        return None
+    if duration.unit == TimeUnit.EPOCH:
+        return duration.value * int(state.dataloader_len)
+    return duration.value if duration.unit == TimeUnit.BATCH else None
 
 
 def _last_metrics(state: State) -> dict[str, Any]:

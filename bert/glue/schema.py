@@ -114,8 +114,8 @@ class TaskPlan:
         return self.points[0][1].start_from
 
 
-# The original's pooling, in the order of its YAMLs: its `glue.py` rebinds the configuration to one with mean pooling when
-# it comes to QNLI, and so uses that for every later task too.
+# The original's pooling, in the order of its YAMLs: its `glue.py` rebinds the configuration to one with mean pooling at
+# QNLI, and so uses that for every later task too.
 PAPER_ORDER = ("mnli", "rte", "qqp", "qnli", "sst2", "stsb", "mrpc", "cola")
 PAPER_POOLING = {
     task: "mean" if PAPER_ORDER.index(task) >= PAPER_ORDER.index("qnli") else "first" for task in PAPER_ORDER

@@ -387,9 +387,9 @@ def _job_process(spec: JobSpec, gpu: str | None, parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(parent)
     spec.folder.mkdir(parents=True, exist_ok=True)
-    output = os.open(spec.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, sys.stdout.fileno() if _has_file(sys.stdout) else 1)
-    os.dup2(output, sys.stderr.fileno() if _has_file(sys.stderr) else 2)
+    sys.stdout = sys.stderr = (spec.folder / "log.txt").open("a", encoding="utf-8", buffering=1)
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         if torch.cuda._is_in_bad_fork():
@@ -399,14 +399,6 @@ def _job_process(spec: JobSpec, gpu: str | None, parent: int) -> None:
     code = jobs.run(spec)
     logging.shutdown()
     os._exit(code)  # nothing of the sweep's own is to be wound up here
-
-
-def _has_file(stream: Any) -> bool:
-    try:
-        stream.fileno()
-    except (AttributeError, OSError, ValueError):
-        return False
-    return True
 
 
 def _die_with(parent: int) -> None:
