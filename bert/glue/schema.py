@@ -53,7 +53,9 @@ class Settings:
     compile: Any = False  # true, or arguments of torch.compile
     eval_interval: str | None = None  # time between evaluations; null: one at the end, which is what counts in any case
     start_from: str | None = None  # a task of this sweep whose best model (head aside) these jobs start from
-    grid: dict[str, Any] = field(default_factory=dict)  # key of this section -> list of values: a job each combination
+    grid: dict[str, Any] = field(
+        default_factory=dict
+    )  # key of this section -> list of values: a job each combination; null: none
 
 
 @dataclass
@@ -175,7 +177,8 @@ def _resolve(config: GlueConfig, name: str, section: Any) -> TaskPlan:
     task = _row(name, section.get("task"), where)
     shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)}
     points = []
-    grid = flat({**flat(config.grid), **flat(own.get("grid") or {})})
+    grid = {**flat(config.grid), **flat(own.get("grid") or {})}
+    grid = {key: values for key, values in grid.items() if values is not None}  # null takes a dimension back
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise RecipeError(f"{where}: grid.{key} must be a list of values, not {values!r}")

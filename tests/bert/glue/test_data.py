@@ -134,7 +134,7 @@ def test_scores_out_of_range_and_missing_columns(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no folder .*hub:nyu-mll/glue"):
+    with pytest.raises(DataError, match=r"there is no folder .*hub:nyu-mll/glue"):
         locate("rte", TASKS["rte"], "train", str(tmp_path / "none"), None)
     (tmp_path / "RTE").mkdir()
     with pytest.raises(DataError, match=r"no file for its split validation .*looked for validation and dev as \.tsv"):

@@ -154,6 +154,9 @@ def test_a_task_changes_the_shared_settings_and_the_grid_both(recipe: Recipe) ->
     assert plans["rte"].seeds == [7]
     assert [settings.optimizer["lr"] for _, settings in plans["mnli"].points] == [0.1, 0.2]  # the grid goes last
     assert plans["cola"].points[3][0] == {"optimizer.lr": 0.2, "epochs": 3, "batch_size": 8}
+    assert (
+        len(check_config(load_config(recipe(grid={"optimizer.lr": [1, 2]}), ["grid.optimizer.lr=null"]))[0].points) == 1
+    )
     settings = plans["cola"].points[3][1]
     assert (settings.optimizer, settings.epochs) == ({"name": "decoupled_adamw", "lr": 0.2}, 3)
     assert (settings.batch_size, settings.seeds) == (8, [1, 2])
