@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from composer.models import ComposerModel
@@ -22,6 +22,8 @@ from bert.modeling import M2BertForMaskedLM
 
 # Widths that divide by this keep tensor cores busy; the published models round the vocabulary up to it.
 VOCABULARY_MULTIPLE = 8
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class MaskedCrossEntropy(Metric):
@@ -178,7 +180,16 @@ def build_masked_lm(
         RecipeError: the name or a field is unknown, or a value impossible.
     """
     fields = model_config(name, config)
-    return MaskedLanguageModel(MODELS[name](fields), train_mask_rate=train_mask_rate, eval_mask_rate=eval_mask_rate)
+    model = instantiate(MODELS[name], fields)
+    return MaskedLanguageModel(model, train_mask_rate=train_mask_rate, eval_mask_rate=eval_mask_rate)
+
+
+def instantiate(model: Callable[[Any], Network], config: M2BertConfig | BertConfig) -> Network:
+    """Make a model of its configuration; RecipeError for values that only the model itself finds impossible."""
+    try:
+        return model(config)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"model.config: {error}") from error
 
 
 def model_config(name: str, config: Mapping[str, Any]) -> M2BertConfig | BertConfig:

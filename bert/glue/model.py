@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertForSequenceClassification, PreTrainedModel
 
 from bert.checkpoint import load_original
-from bert.composer_models import model_config
+from bert.composer_models import instantiate, model_config
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import CheckpointError, RecipeError
@@ -113,9 +113,9 @@ def build_classifier(name: str, config: Mapping[str, Any], *, num_labels: int, p
     fields.num_labels = num_labels
     if isinstance(fields, M2BertConfig):
         fields.pool_all = pooling == "mean"
-        return SequenceClassifier(M2BertForSequenceClassification(fields), num_labels)
+        return SequenceClassifier(instantiate(M2BertForSequenceClassification, fields), num_labels)
     _check_pooling(pooling, name)
-    return SequenceClassifier(BertForSequenceClassification(fields), num_labels)
+    return SequenceClassifier(instantiate(BertForSequenceClassification, fields), num_labels)
 
 
 def _check_pooling(pooling: str, name: str) -> None:

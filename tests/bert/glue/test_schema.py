@@ -22,7 +22,7 @@ RECIPES = {"m2-base", "m2-base-960", "m2-large-260m", "m2-large-341m", "bert-bas
 
 
 def test_no_recipe_is_missing_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == RECIPES | {"m2-small"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == RECIPES | {"m2-small", "superglue"}
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -160,6 +160,14 @@ def test_a_task_changes_the_shared_settings_and_the_grid_both(recipe: Recipe) ->
     settings = plans["cola"].points[3][1]
     assert (settings.optimizer, settings.epochs) == ({"name": "decoupled_adamw", "lr": 0.2}, 3)
     assert (settings.batch_size, settings.seeds) == (8, [1, 2])
+
+
+def test_superglue_is_rows_in_a_yaml() -> None:
+    config = load_config(FOLDER / "superglue.yaml", ["checkpoint=somewhere"])
+    plans = {plan.name: plan for plan in check_config(config)}
+    assert plans.keys() == {"rte", "boolq", "cb", "wic", "wsc", "multirc"}
+    assert (plans["cb"].task.num_labels, plans["cb"].task.metrics) == (3, ["accuracy", "f1_macro"])
+    assert plans["rte"].task.text == ["premise", "hypothesis"]
 
 
 def test_a_task_of_ones_own_is_a_row_in_the_yaml(recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -18,12 +19,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from bert.glue import job as jobs
 from bert.glue import sweep
 from bert.glue.job import JobSpec
 from bert.glue.results import Results
 from bert.glue.schema import load_config
+from bert.glue.view import View
 
 from .conftest import Recipe, write
 
@@ -191,6 +194,23 @@ def test_no_silent_fallback_where_mnli_fails(recipe: Recipe, tmp_path: Path) -> 
     assert failed.keys() == {"mnli", "rte"}
     assert failed["rte"]["state"] == "blocked"
     assert "no job of mnli, which it starts from, was finished" in failed["rte"]["reason"]
+
+
+def test_the_live_table(recipe: Recipe, tmp_path: Path) -> None:
+    config = load_config(recipe(tasks={"cola": {"grid": {"epochs": [2]}}}))
+    plan = sweep.Sweep(config, threads=1)
+    plan._release()
+    first = plan.jobs[0]
+    assert first.spec is not None
+    first.state = sweep.RUNNING
+    progress = {"step": 3, "steps": 10, "seconds_left": 70.2, "loss": 0.51, "metric": {}}
+    jobs.write_json(first.spec.folder / "progress.json", progress)
+    terminal = io.StringIO()
+    with View(plan.jobs, Console(file=terminal, force_terminal=True, width=120)):
+        pass
+    shown = terminal.getvalue()
+    for part in ("1 running, 1 queued", "cola", "epochs=2", "3/10", "loss 0.510", "1:10"):
+        assert part in shown
 
 
 def specification(path: Path, *overrides: str) -> JobSpec:
