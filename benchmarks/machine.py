@@ -6,10 +6,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bert.provenance import provenance
+import torch
+
+from bert.provenance import device_name, provenance
+
+
+def _gpu() -> dict[str, Any] | None:
+    """What CUDA says of the GPU; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }
 
 
 def write_figures(path: Path, figures: dict[str, Any]) -> None:
     """Write figures as JSON, with the command (paths by their last part), machine, versions and date."""
+    record = provenance()
+    record["machine"]["gpu"] = _gpu()
+    record |= {"device": device_name(), **figures}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**provenance(), **figures}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

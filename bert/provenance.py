@@ -11,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
+import torch
+
+PACKAGES = ("torch", "triton", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
 
 
 def processor() -> str:
@@ -24,28 +26,33 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of what the figures depend on; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def device_name() -> str:
+    """Return the name of the GPU where there is one, else of the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what the figures depend on; None for a package that is not installed."""
+    return {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a benchmark of the layers alone runs without the recipe's packages
+        return None
 
 
 def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return command (paths by their last part), date, machine and versions.
+    """Return command (paths by their last part), date, machine and versions; CUDA is not touched.
 
     Args:
         arguments: of the command, its script first; None: this process's.
     """
-    parts = [_shortened(part) for part in (sys.argv if arguments is None else arguments)]
     return {
-        "command": " ".join(["python", *parts]),
+        "command": " ".join(["python", *map(_shortened, sys.argv if arguments is None else arguments)]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": versions(),
     }
 
@@ -53,4 +60,4 @@ def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def _shortened(part: str) -> str:
     """An argument with a path in it by the path's last part: where a folder lay on one machine says nothing."""
     key, equals, value = part.rpartition("=")
-    return part if value.startswith("-") else f"{key}{equals}{Path(value).name}"
+    return part if value.startswith(("-", "hub:")) else f"{key}{equals}{Path(value).name}"

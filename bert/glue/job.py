@@ -31,10 +31,11 @@ from bert.glue.model import SequenceClassifier, Start, save_finetuned
 from bert.glue.results import Results
 from bert.glue.schema import Settings
 from bert.glue.tasks import TASKS, Task
-from bert.provenance import processor, versions
+from bert.provenance import device_name, processor, versions
 from bert.recipe import builders
 from bert.recipe.callbacks import TrainingDivergedError
 from bert.recipe.train import precision_on, training_device
+from monarch_mixer.kernels import use_kernels
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class JobSpec:
     cache: str
     device: str | None
     threads: int
+    kernels: bool
     deterministic: bool
     python_log_level: str
     outputs: list[str]  # of MODEL and TEST: what to leave besides the result
@@ -119,7 +121,8 @@ def run(spec: JobSpec) -> int:
             for left in (failure, spec.folder / "progress.json"):
                 left.unlink(missing_ok=True)
             try:
-                results.append(train(spec))
+                with use_kernels(spec.kernels):
+                    results.append(train(spec))
                 return DONE
             except RecipeError as error:
                 code, reason = REFUSED, str(error)
@@ -327,7 +330,7 @@ def train(spec: JobSpec) -> dict[str, Any]:
             "evaluation": fit_eval_seconds + progress.eval_seconds,
         },
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "device": torch.cuda.get_device_name() if device.name == "gpu" else processor(),
+        "device": device_name() if device.name == "gpu" else processor(),
         "versions": versions(),
     }
 

@@ -23,6 +23,7 @@ from bert.errors import CheckpointError, RecipeError
 from bert.glue.data import file_hash
 from bert.glue.metrics import DatasetMetric
 from bert.modeling import M2BertForSequenceClassification
+from bert.recipe import builders
 from bert.recipe.callbacks import differences
 from bert.safe_loading import load_checkpoint_file
 from bert.trained import LATEST_NAME, TrainedModel, has_record, load_trained
@@ -118,6 +119,10 @@ def build_classifier(name: str, config: Mapping[str, Any], *, num_labels: int, p
     return SequenceClassifier(instantiate(BertForSequenceClassification, fields), num_labels)
 
 
+def _random(name: str, config: dict[str, Any], num_labels: int, pooling: str) -> SequenceClassifier:
+    return builders.build("classifier", name, {}, config=config, num_labels=num_labels, pooling=pooling)
+
+
 def _check_pooling(pooling: str, name: str) -> None:
     if pooling != "first":
         raise RecipeError(f"pooling: {name} classifies by its first token only; set pooling: first")
@@ -187,7 +192,7 @@ class Start:
             assert self.checkpoint is not None
             trained = load_trained(Path(self.checkpoint).expanduser())
             name, config = self._combined(trained.record["model"])
-            model = build_classifier(name, config, num_labels=num_labels, pooling=pooling)
+            model = _random(name, config, num_labels, pooling)
             load_encoder(model.model, trained.model.model.state_dict(), self.checkpoint, new=NEW_PARTS)
         elif kind == "finetuned":
             assert self.checkpoint is not None
@@ -197,11 +202,11 @@ class Start:
                 model = hub.build(num_labels, pooling)
             else:
                 name, config = self._combined(content["model"])
-                model = build_classifier(name, config, num_labels=num_labels, pooling=pooling)
+                model = _random(name, config, num_labels, pooling)
             load_encoder(model.model, content["weights"], self.checkpoint, new=("classifier.",))
         else:
             assert self.name is not None
-            model = build_classifier(self.name, self.config, num_labels=num_labels, pooling=pooling)
+            model = _random(self.name, self.config, num_labels, pooling)
         return model.train()
 
     def _combined(self, record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

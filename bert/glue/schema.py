@@ -93,6 +93,7 @@ class GlueConfig(Settings):
     num_slots: int | None = None  # jobs at a time; null: one a GPU, or one on a CPU
     threads: int | None = None  # CPU threads a job; null: OMP_NUM_THREADS or the cores, divided by the slots
     retries: int = 1  # further attempts after a crash; a mistake in the data and a diverged loss are not tried again
+    kernels: bool = True  # Triton kernels where the GPU supports them; false: plain PyTorch, to compare
     deterministic: bool = False  # deterministic kernels only: slower
 
     # --- what is written

@@ -212,6 +212,7 @@ class Sweep:
             "padding": config.padding,
             "start": weights,
             "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key not in apart},
+            "kernels": config.kernels,
             "deterministic": config.deterministic,
             "seed": job.seed,
         }
@@ -236,6 +237,7 @@ class Sweep:
             cache=config.cache,
             device=config.device,
             threads=self.threads,
+            kernels=config.kernels,
             deterministic=config.deterministic,
             python_log_level=config.python_log_level,
             outputs=outputs + ([jobs.TEST] if config.test else []),
