@@ -93,11 +93,7 @@ def locate(name: str, task: Task, split: str, data: str, hub_revision: str | Non
     root = Path(source).expanduser()
     if not root.is_dir():
         raise DataError(f"{name}: there is no folder '{root}'; {GLUE_HINT}")
-    folders = (
-        [root / (task.folder or name), root / name, root]
-        if task.source
-        else [root / (task.folder or name), root / name]
-    )
+    folders = [root / (task.folder or name), root / name, *([root] if task.source else [])]
     found = [folder for folder in folders if folder.is_dir()]
     if not found:
         raise DataError(f"{name}: there is no folder '{folders[0]}'; {GLUE_HINT}")

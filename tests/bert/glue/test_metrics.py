@@ -105,6 +105,17 @@ def test_the_papers_average_and_mosaicberts() -> None:
     assert mosaic == pytest.approx(value - 2.0 / 8)
 
 
+def test_the_papers_average_is_its_codes_flat_mean() -> None:
+    """The original pools every (seed, split, metric) value of a task, and averages the tasks."""
+    random = np.random.default_rng(0)
+    metrics, originals = {}, []
+    for parts in AVERAGES["paper"].values():
+        values = {part: random.random(5) for part in parts}  # five seeds
+        originals.append(np.mean([value for seeds in values.values() for value in seeds]))
+        metrics[parts[0][0]] = {metric: float(seeds.mean()) for (_, metric), seeds in values.items()}
+    assert average("paper", metrics) == pytest.approx(np.mean(originals))
+
+
 def test_an_average_of_fewer_tasks_is_none() -> None:
     metrics = {"rte": {"accuracy": 0.6}, "mrpc": {"f1": 0.8}}
     assert average("paper", metrics) is None
