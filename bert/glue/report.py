@@ -11,7 +11,7 @@ import statistics
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,10 +19,8 @@ from rich.table import Table
 from bert.glue.job import FILES, TEST, write_json
 from bert.glue.metrics import AVERAGES, average, columns
 from bert.glue.schema import GlueConfig
+from bert.glue.state import DONE, Job, best_job, best_point
 from bert.provenance import provenance
-
-if TYPE_CHECKING:
-    from bert.glue.sweep import Job
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +33,6 @@ CONVENTIONS = {
 
 def summarise(config: GlueConfig, jobs: Sequence[Job], command: Sequence[str]) -> dict[str, Any]:
     """Gather what the sweep found: per task and grid point over seeds, and the averages of the best points."""
-    from bert.glue.sweep import DONE, best_point
-
     tasks: dict[str, Any] = {}
     for name in dict.fromkeys(job.plan.name for job in jobs):
         own = [job for job in jobs if job.plan.name == name]
@@ -187,8 +183,6 @@ def _csv(summary: Mapping[str, Any]) -> str:
 
 
 def _write_submission(folder: Path, jobs: Sequence[Job]) -> None:
-    from bert.glue.sweep import best_job
-
     folder.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(job.plan.name for job in jobs):
         best = best_job([job for job in jobs if job.plan.name == name])

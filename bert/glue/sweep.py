@@ -15,9 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,7 +30,8 @@ from bert.glue.data import locate
 from bert.glue.job import JobSpec
 from bert.glue.model import Start, check_fits
 from bert.glue.results import Results
-from bert.glue.schema import RECIPE_FOLDER, GlueConfig, Settings, TaskPlan, check_config, load_config
+from bert.glue.schema import RECIPE_FOLDER, GlueConfig, Settings, check_config, load_config
+from bert.glue.state import BLOCKED, DONE, ELSEWHERE, FAILED, OPEN, QUEUED, RUNNING, WAITING, Job, best_job
 from bert.glue.tasks import TASKS, Task
 from bert.glue.view import View
 
@@ -51,36 +50,10 @@ mistake in the recipe, 130 after Ctrl-C. A task's own section goes before the se
 tasks.rte.epochs=2. These are the keys:
 """
 
-WAITING, QUEUED, RUNNING, ELSEWHERE = "waiting", "queued", "running", "elsewhere"
-DONE, FAILED, BLOCKED = "done", "failed", "blocked"
-OPEN = (WAITING, QUEUED, RUNNING, ELSEWHERE)
 INTERRUPTED = 130  # exit code
 _POLL_SECONDS = 0.5
 _ELSEWHERE_SECONDS = 2.0  # between two looks at a job that another sweep runs
 _PATIENCE = 10.0  # seconds that a job has to end after SIGTERM
-
-
-@dataclass
-class Job:
-    """A job of the sweep and how far it is."""
-
-    plan: TaskPlan
-    point: int  # index into plan.points
-    seed: int
-    state: str = WAITING
-    spec: JobSpec | None = None  # None until the model that it starts from is known
-    reason: str = ""  # why it failed or is blocked
-    attempts: int = 0
-    not_before: float = 0.0
-    slot: int | None = None
-    process: BaseProcess | None = None
-    result: dict[str, Any] | None = None
-
-    @property
-    def name(self) -> str:
-        """Task, grid point and seed, for people."""
-        point = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.plan.points[self.point][0].items())
-        return f"{self.plan.name} seed {self.seed}" + (f" ({point})" if point else "")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -343,24 +316,6 @@ class Sweep:
         for job in self.jobs:
             if job.process is not None:
                 job.process, job.slot, job.state = None, None, QUEUED
-
-
-def best_point(candidates: Sequence[Job]) -> int | None:
-    """The grid point of one task with the best dev score over seeds, out of those with most of their seeds done."""
-    scores: dict[int, list[float]] = {}
-    for job in candidates:
-        if job.result is not None:
-            scores.setdefault(job.point, []).append(job.result["score"])
-    if not scores:
-        return None
-    return max(scores, key=lambda point: (len(scores[point]), sum(scores[point]) / len(scores[point]), -point))
-
-
-def best_job(candidates: Sequence[Job]) -> Job | None:
-    """The best single job at the best grid point; None where nothing is done."""
-    point = best_point(candidates)
-    done = [job for job in candidates if job.point == point and job.result is not None]
-    return max(done, key=lambda job: job.result["score"] if job.result else 0.0, default=None)
 
 
 def _gpus(device: str | None) -> list[str]:

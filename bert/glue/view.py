@@ -7,14 +7,13 @@ import logging
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from bert.glue.sweep import Job
+from bert.glue.state import BLOCKED, DONE, ELSEWHERE, FAILED, QUEUED, RUNNING, WAITING, Job
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class View:
         for index, job in enumerate(self.jobs):
             changed = self._states.get(index) != job.state
             self._states[index] = job.state
-            if (changed and job.state not in ("waiting", "queued")) or (due and job.state == "running"):
+            if (changed and job.state not in (WAITING, QUEUED)) or (due and job.state == RUNNING):
                 log.info("%s", "  ".join(part for part in (job.name, job.state, *_progress(job)) if part))
 
     def _table(self) -> Table:
@@ -72,9 +71,9 @@ class View:
         table = Table(title=", ".join(f"{number} {state}" for state, number in counts.items()), title_justify="left")
         for name in ("task", "seed", "point", "state", "step", "last metric", "time left"):
             table.add_column(name, no_wrap=name != "point")
-        # What moves first, then what is to come, then what is over.
-        rank = {"running": 0, "failed": 1, "blocked": 1, "elsewhere": 2, "queued": 3, "waiting": 3, "done": 4}
-        shown = sorted(self.jobs, key=lambda job: rank[job.state])
+        # What moves or needs a look first, then what is to come, then what is over.
+        order = (RUNNING, FAILED, BLOCKED, ELSEWHERE, QUEUED, WAITING, DONE)
+        shown = sorted(self.jobs, key=lambda job: order.index(job.state))
         for job in shown[:_SHOWN]:
             point = ", ".join(f"{key}={value}" for key, value in job.plan.points[job.point][0].items())
             table.add_row(job.plan.name, str(job.seed), point, job.state, *_progress(job))
@@ -87,7 +86,7 @@ def _progress(job: Job) -> tuple[str, str, str]:
     """Step, last metric and time left of a job."""
     if job.result is not None:
         return str(job.result["steps"]), _values(job.result["metrics"]), ""
-    if job.state != "running" or job.spec is None:
+    if job.state != RUNNING or job.spec is None:
         return "", job.reason.splitlines()[0] if job.reason else "", ""
     try:
         now: dict[str, Any] = json.loads((job.spec.folder / "progress.json").read_text(encoding="utf-8"))
