@@ -206,8 +206,13 @@ def model_config(name: str, config: Mapping[str, Any]) -> M2BertConfig | BertCon
     return fields
 
 
+def bert_fields() -> list[str]:
+    """Return the names of BertConfig's own fields, without those every Hugging Face configuration has."""
+    return [name for name in inspect.signature(BertConfig.__init__).parameters if name not in ("self", "kwargs")]
+
+
 def _hf_bert_config(config: Mapping[str, Any]) -> BertConfig:
-    fields = [name for name in inspect.signature(BertConfig.__init__).parameters if name not in ("self", "kwargs")]
+    fields = bert_fields()
     for name in config:
         if name not in fields:
             raise RecipeError(f"model.config has no '{name}': {nearest(name, fields)}")

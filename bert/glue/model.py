@@ -13,13 +13,20 @@ import torch
 import torch.nn.functional as F
 from composer.models import ComposerModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from bert.checkpoint import load_original
-from bert.composer_models import instantiate, model_config
+from bert.composer_models import bert_fields, instantiate, model_config
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import fingerprint, load_tokenizer
-from bert.errors import CheckpointError, RecipeError
+from bert.errors import CheckpointError, RecipeError, nearest
 from bert.glue.data import file_hash
 from bert.glue.metrics import DatasetMetric
 from bert.modeling import M2BertForSequenceClassification
@@ -216,13 +223,17 @@ class Start:
             raise CheckpointError(f"checkpoint: {self.checkpoint} holds a model '{name}', not model.name '{self.name}'")
         # Compared as configurations, so that a field left out on one side has its default.
         before, after = model_config(name, config).to_dict(), model_config(name, {**config, **self.config}).to_dict()
+        self._refuse_changes(before, after)
+        return name, {**config, **self.config}
+
+    def _refuse_changes(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Raise CheckpointError where model.config would make another model of the checkpoint's."""
         named = [key for key in self.config if key not in FREE_FIELDS]
         there, here = {key: before.get(key) for key in named}, {key: after.get(key) for key in named}
         changes = differences(there, here, "in the checkpoint", "in model.config")
         if changes:
             lines = "".join(f"\n  {change}" for change in changes)
             raise CheckpointError(f"checkpoint: {self.checkpoint} is another model:{lines}")
-        return name, {**config, **self.config}
 
     def _from_original(self, num_labels: int, pooling: str) -> SequenceClassifier:
         assert self.checkpoint is not None
@@ -240,7 +251,9 @@ class Start:
         assert self.checkpoint is not None
         shared = {"trust_remote_code": self.trust_remote_code}
         try:
-            config = AutoConfig.from_pretrained(self.checkpoint, num_labels=num_labels, **self.config, **shared)
+            config = AutoConfig.from_pretrained(self.checkpoint, **shared)
+            self._apply(config)
+            config.num_labels = num_labels
             if isinstance(config, M2BertConfig):
                 config.pool_all = pooling == "mean"
             else:
@@ -258,6 +271,21 @@ class Start:
         if lost or extra:
             raise CheckpointError(_misfit(self.checkpoint, lost, extra, []))
         return SequenceClassifier(model, num_labels)
+
+    def _apply(self, config: PretrainedConfig) -> None:
+        """Put model.config on top of a Hugging Face model's own configuration."""
+        if (self.name in ("m2_bert", "attention_bert")) is not isinstance(
+            config, M2BertConfig
+        ) and self.name is not None:
+            kind = config.model_type
+            raise CheckpointError(f"checkpoint: {self.checkpoint} holds a model '{kind}', not model.name '{self.name}'")
+        fields = config.to_dict()
+        for key in self.config:
+            if key not in fields:
+                raise RecipeError(f"model.config has no '{key}': {nearest(key, fields)}")
+        self._refuse_changes(fields, self.config)
+        for key, value in self.config.items():
+            setattr(config, key, value)
 
     def tokenizer_name(self, name: str | None) -> str:
         """The tokenizer to use: `name`, or the checkpoint's own where that is None.
@@ -290,8 +318,8 @@ def save_finetuned(path: Path, model: SequenceClassifier, start: Start, metadata
         fields = {name: getattr(config, name) for name in M2BertConfig.field_names()}
         name = "m2_bert" if config.monarch_mixer_sequence_mixing else "attention_bert"
         section = {"name": name, "config": {key: value for key, value in fields.items() if key != "pool_all"}}
-    elif start.kind() in ("random", "ours"):
-        section = {"name": "hf_bert", "config": dict(start.config)}
+    elif isinstance(config, BertConfig):
+        section = {"name": "hf_bert", "config": {name: getattr(config, name) for name in bert_fields()}}
     torch.save(
         {"kind": FINETUNED, "model": section, "weights": model.model.state_dict(), "metadata": json.dumps(metadata)},
         path,

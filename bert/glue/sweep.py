@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from composer.utils import dist
+from rich.console import Console
+from rich.logging import RichHandler
 
 from bert.errors import RecipeError
 from bert.glue import job as jobs
@@ -86,14 +88,18 @@ def run(config: GlueConfig, command: Sequence[str]) -> int:
     Raises:
         RecipeError: a mistake that can be found before the first job starts.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    console = Console(stderr=True)
+    if console.is_terminal:  # lines of the log go above the live table
+        logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    else:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("bert").setLevel(config.python_log_level.upper())
     threads = torch.get_num_threads()
     # Jobs are forks of this process. One that had started threads for its arithmetic would leave them broken ones.
     torch.set_num_threads(1)
     try:
         sweep = Sweep(config, threads)
-        interrupted = sweep.work()
+        interrupted = sweep.work(console)
     finally:
         torch.set_num_threads(threads)
     summary = report.summarise(config, sweep.jobs, command)
@@ -243,9 +249,9 @@ class Sweep:
 
     # --- the processes
 
-    def work(self) -> bool:
+    def work(self, console: Console) -> bool:
         """Run all jobs; return whether a signal stopped it."""
-        with View(self.jobs) as view, _signals_as_interrupts():
+        with View(self.jobs, console) as view, _signals_as_interrupts():
             try:
                 self._release()
                 log.info("%d jobs in %s, %d at a time", len(self.jobs), self.folder, self.num_slots)

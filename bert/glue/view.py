@@ -26,12 +26,12 @@ class View:
 
     Args:
         jobs: of the sweep; read, not changed.
-        console: where to; None: standard error.
+        console: where to.
     """
 
-    def __init__(self, jobs: Sequence[Job], console: Console | None = None) -> None:
+    def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         self.jobs = jobs
-        self.console = console or Console(stderr=True)
+        self.console = console
         # Without a refreshing thread of its own: jobs are forks of this process.
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         self._states: dict[int, str] = {}

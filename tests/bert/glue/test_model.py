@@ -131,7 +131,16 @@ def test_hugging_face_folders(tmp_path: Path) -> None:
     ours = build_masked_lm("m2_bert", MODEL, train_mask_rate=0.3, eval_mask_rate=0.15).model
     assert isinstance(ours, M2BertForMaskedLM)
     ours.save_pretrained(tmp_path / "m2")
-    model = Start(None, {}, str(tmp_path / "m2")).build(1, "mean")
+    for name, config, message in (
+        ("m2_bert", {}, "holds a model 'bert', not model.name 'm2_bert'"),
+        ("hf_bert", {"hidden_size": 4}, "hidden_size: 8 in the checkpoint, 4 in model.config"),
+        ("hf_bert", {"hiden_size": 8}, "did you mean 'hidden_size'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            Start(name, config, str(tmp_path / "hf")).build(3, "first")
+    dropout = Start("hf_bert", {"hidden_dropout_prob": 0.5}, str(tmp_path / "hf")).build(3, "first")
+    assert dropout.model.dropout.p == 0.5
+    model = Start("m2_bert", {"hidden_size": 16}, str(tmp_path / "m2")).build(1, "mean")
     assert_encoder(model, ours.state_dict())
     assert model.model.config.pool_all
     assert model.fixed_length == MAX_LENGTH
@@ -171,6 +180,12 @@ def test_a_finetuned_model_is_taken_over_but_for_its_classifier(tmp_path: Path) 
         model = second.build(1, "first")
         assert_encoder(model, first.model.state_dict())  # the pooler too
         assert model.model.classifier.out_features == 1
+    # The sizes are those of the model, whatever the section says that its checkpoint was loaded with.
+    BertForMaskedLM(BertConfig(**TINY_HF)).save_pretrained(tmp_path / "hf")
+    start = Start("hf_bert", {}, str(tmp_path / "hf"))
+    first = start.build(3, "first")
+    save_finetuned(tmp_path / "model.pt", first, start, {})
+    assert_encoder(Start("hf_bert", {}, str(tmp_path / "model.pt")).build(2, "first"), first.model.state_dict())
 
 
 def test_length_padding_and_vocabulary_are_checked(vocabulary: Path) -> None:
