@@ -240,6 +240,11 @@ def draw(table: PaperTable, path: Path) -> None:
             axes.plot(
                 *zip(*paper, strict=True), marker="x", linestyle="--", color=color, label=f"{model}, published (A100)"
             )
+    lengths = sorted({int(line.figure.split()[0]) for line in table.lines if line.paper.value or line.ours})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_yticks(ticks := [25, 50, 100, 200, 400, 800, 1600, 3200], [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.autoscale()
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_name(f".{path.name}.tmp")
