@@ -187,7 +187,8 @@ def _measured(run: Mapping[str, Any] | None, value: float | None, factor: float)
     if run is None or value is None:
         return None
     devices = {job["device"] for task in run["tasks"].values() for point in task["points"] for job in point["jobs"]}
-    return Ours(factor * value, run["command"], " and ".join(sorted(devices)), run["date"])
+    machine = " and ".join(sorted(devices)) + (", jobs not done" if run["failed"] else "")
+    return Ours(factor * value, run["command"], machine, run["date"])
 
 
 def _glue_runs(results: Path) -> Iterator[dict[str, Any]]:

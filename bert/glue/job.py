@@ -148,10 +148,10 @@ def is_done(result: Mapping[str, Any] | None, spec: JobSpec) -> bool:
 class JobProgress(Callback):
     """Say in progress.json, once a second at most, how far the job is, and time its parts."""
 
-    def __init__(self, path: Path, started: float) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path, self.started = path, started
-        self.state, self.train_seconds, self.eval_seconds = "loading", 0.0, 0.0
+        self.path = path
+        self.train_seconds, self.eval_seconds = 0.0, 0.0
         self.first_batch: tuple[float, int] | None = None
         self.last_batch: tuple[float, int] = (0.0, 0)
         self._written = 0.0
@@ -243,7 +243,7 @@ def train(spec: JobSpec) -> dict[str, Any]:
     evaluated = {split: data.load(spec.task_name, task, split) for split in task.validation}
     model = spec.start.build(task.num_labels, settings.pooling)
     model.metric_names = list(task.metrics)
-    progress = JobProgress(spec.folder / "progress.json", started)
+    progress = JobProgress(spec.folder / "progress.json")
     train_data, _ = data.batches(model, train_split, settings.batch_size, train=True)
     evaluators = [
         Evaluator(

@@ -53,9 +53,7 @@ class Settings:
     compile: Any = False  # true, or arguments of torch.compile
     eval_interval: str | None = None  # time between evaluations; null: one at the end, which is what counts in any case
     start_from: str | None = None  # a task of this sweep whose best model (head aside) these jobs start from
-    grid: dict[str, Any] = field(
-        default_factory=dict
-    )  # key of this section -> list of values: a job each combination; null: none
+    grid: dict[str, Any] = field(default_factory=dict)  # key of this section -> values: a job each combination
 
 
 @dataclass
@@ -76,16 +74,12 @@ class GlueConfig(Settings):
     hub_revision: str | None = None  # commit or tag of a Hub data set
     tokenizer_name: str | None = "bert-base-uncased"  # null: the checkpoint's own
     max_seq_len: int = 128  # longer texts are cut
-    padding: str = (
-        "auto"  # fixed: to max_seq_len; dynamic: to the longest of a batch; auto: dynamic unless M2, which cannot
-    )
+    padding: str = "auto"  # fixed: to max_seq_len; dynamic: to a batch's longest; auto: fixed for M2, else dynamic
     cache: str = "data/glue-cache"  # folder of tokenised splits, shared by jobs and sweeps
 
     # --- starting point
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    checkpoint: str | None = (
-        None  # ours or an original M2's (.pt), a run's folder, a Hugging Face folder or name; null: none
-    )
+    checkpoint: str | None = None  # a run's folder or .pt, an original M2's .pt, a Hugging Face folder or name
     trust_remote_code: bool = False  # run the Python code that a Hugging Face model brings
 
     # --- machine

@@ -43,7 +43,7 @@ USAGE = """usage: python glue.py RECIPE.yaml [--test] [key=value ...]
 
 Fine-tunes on the recipe's tasks, seeds and grid, for example:
   python glue.py yamls/finetune-glue/m2-base.yaml checkpoint=runs/m2-base
-  python glue.py yamls/finetune-glue/m2-base.yaml checkpoint=runs/m2-base data=glue_data only=[cola,rte]
+  python glue.py yamls/finetune-glue/m2-base.yaml checkpoint=runs/m2-base data=glue_data only=[cola,sst2]
   ... 'grid={optimizer.lr: [3e-5, 5e-5], epochs: [3, 10]}' num_slots=8
 
 The same command again does what is missing. Results and tables are in runs/glue/RUN_NAME. --test also predicts the test

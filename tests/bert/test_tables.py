@@ -38,6 +38,7 @@ def glue_run(name: str, averages: dict[str, Any]) -> dict[str, Any]:
         "command": "python glue.py x.yaml",
         "date": "2026-01-02",
         "tasks": {"cola": {"best": 0, "points": [{"jobs": [job]}]}},
+        "failed": [],
         "averages": {**{convention: empty for convention in AVERAGES}, **averages},
     }
 
@@ -65,6 +66,7 @@ def test_glue_takes_results_in_the_convention_of_the_published_figure(tmp_path: 
     run = glue_run("m2-base", {"paper": {"average": 0.801, "columns": columns, "missing": []}})
     (tmp_path / "glue_m2-base.json").write_text(json.dumps(run))
     own = glue_run("my-model", {"paper": {"average": None, "columns": columns, "missing": ["RTE"]}})
+    own["failed"] = [{"job": "cola seed 2"}]
     (tmp_path / "glue_own.json").write_text(json.dumps(own))
     (tmp_path / "glue_speed.json").write_text("{}")  # of another kind
     table = tables.glue(tmp_path)
@@ -81,7 +83,9 @@ def test_glue_takes_results_in_the_convention_of_the_published_figure(tmp_path: 
     assert line(table, "m2-base-960", "RTE").cells()[2].endswith("second-hand, unconfirmed)")
     assert line(table, "m2-large-341m", "average").cells()[3:] == ["", ""]
     assert line(table, "hf-bert-base", "average").paper.value == 79.6
-    assert [own.figure for own in table.lines if own.row.startswith("my-model")] == ["CoLA"]
+    (partial,) = [own for own in table.lines if own.row.startswith("my-model")]
+    assert partial.figure == "CoLA"
+    assert "NVIDIA H200, jobs not done, 2026" in partial.cells()[3]
 
 
 def test_throughput_and_predicted_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

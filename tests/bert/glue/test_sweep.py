@@ -250,6 +250,18 @@ def test_what_defines_a_job_is_its_key(recipe: Recipe, glue_data: Path, tmp_path
     assert specification(path, f"data={copy.parent}", "only=[cola]").key != key
 
 
+def test_a_job_runs_from_its_file(recipe: Recipe, tmp_path: Path) -> None:
+    """What a job's process does where a fork of the sweep could not use its GPU."""
+    spec = specification(recipe(tasks={"cola": {}}, seeds=[5]))
+    path = spec.save()
+    assert JobSpec.load(path) == spec
+    for _ in range(2):  # the second finds it done
+        process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(jobs.main([str(path)])))
+        process.start()
+        assert finished(process) == jobs.DONE
+    assert [result["key"] for result in lines(tmp_path / "sweep")] == [spec.key]
+
+
 def test_results_survive_a_torn_line(tmp_path: Path) -> None:
     results = Results(tmp_path)
     assert results.read() == {}
