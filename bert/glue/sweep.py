@@ -126,7 +126,7 @@ class Sweep:
         self.plans = check_config(config)
         if dist.get_world_size() > 1:
             raise RecipeError("start glue.py with python, not with a launcher: it gives each job a device itself")
-        self.folder = Path(config.folder.format(run_name=config.run_name))
+        self.folder = Path(config.folder.replace("{run_name}", config.run_name))
         self.gpus = _gpus(config.device)
         self.num_slots = config.num_slots or max(1, len(self.gpus))
         self.threads = config.threads or max(1, threads // self.num_slots)

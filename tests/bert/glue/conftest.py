@@ -53,7 +53,7 @@ def label_of(sentence: str) -> int:
 
 
 def write_glue(root: Path, rows: int = 40) -> Path:
-    """CoLA, STS-B, RTE and MNLI, as distributed but tiny and with labels that a word gives away."""
+    """CoLA, STS-B, RTE, MNLI and AX, as distributed but tiny and with labels that a word gives away."""
     for stem, seed in (("train", 0), ("dev", 1), ("test", 2)):
         first, second = sentences(rows, seed), sentences(rows, seed + 10)
         cola = [f"gj04\t{label_of(text)}\t\t{text}" for text in first]
@@ -78,6 +78,8 @@ def write_glue(root: Path, rows: int = 40) -> Path:
                 for i, (a, b, label) in enumerate(zip(first, second, labels, strict=True))
             ]
             write(root / "MNLI" / f"{split}.tsv", [head, *mnli])
+    pairs = [f"{i}\t{a}\t{b}" for i, (a, b) in enumerate(zip(sentences(30, 5), sentences(30, 6), strict=True))]
+    write(root / "diagnostic" / "diagnostic.tsv", ["index\tsentence1\tsentence2", *pairs])
     return root
 
 

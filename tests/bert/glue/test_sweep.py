@@ -177,12 +177,13 @@ def test_tasks_start_from_the_best_mnli_model_and_the_leaderboards_files(recipe:
     assert spec.start.checkpoint == str(folder / "jobs" / expected / "model.pt")
     # The leaderboard's files: all rows, in order, labels by name where it wants names.
     files = {file.stem: list(csv.reader(file.open(), delimiter="\t")) for file in (folder / "submission").glob("*.tsv")}
-    assert files.keys() == {"MNLI-m", "MNLI-mm", "RTE", "STS-B"}
+    assert files.keys() == {"MNLI-m", "MNLI-mm", "AX", "RTE", "STS-B"}
     for name, rows in files.items():
         assert rows[0] == ["index", "prediction"]
-        assert [row[0] for row in rows[1:]] == [str(index) for index in range(40)], name
+        assert [row[0] for row in rows[1:]] == [str(index) for index in range(30 if name == "AX" else 40)], name
     assert {row[1] for row in files["RTE"][1:]} <= {"entailment", "not_entailment"}
-    assert {row[1] for row in files["MNLI-m"][1:]} <= {"entailment", "neutral", "contradiction"}
+    for name in ("MNLI-m", "AX"):
+        assert {row[1] for row in files[name][1:]} <= {"entailment", "neutral", "contradiction"}
     assert all(0 <= float(row[1]) <= 5 for row in files["STS-B"][1:])
     assert (folder / "submission" / "submission.zip").stat().st_size > 0
 
