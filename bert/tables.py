@@ -148,9 +148,9 @@ def throughput(results: Path) -> PaperTable:
                 paper = NO_FIGURE
             lines.append(Line(model, f"{length} tokens, tokens/ms", ",.1f", paper, measured.get((model, length))))
     note = (
-        "The paper's were taken on an A100 with a fused kernel that computes another network than the released one "
-        "(another short filter, no backward pass), so that the difference is of devices and models too. `bert-base` is "
-        "there with FlashAttention."
+        "The paper's were taken on an A100, of the encoder and the head for words, with a fused kernel that computes "
+        "another network than the released one (another short filter, no backward pass); `bert-base` is there with "
+        "FlashAttention. Ours are of embeddings and encoder, so that the difference is of devices and models too."
     )
     return PaperTable("throughput", "Throughput of the forward pass by length", note, lines)
 
@@ -173,8 +173,9 @@ def pretraining(results: Path, here: Mapping[str, Any]) -> PaperTable:
         paper = published.DEVICE_HOURS.get(name, published.UNCONFIRMED)
         lines.append(Line(name, "hours on one device", ",.1f", paper, hours))
     note = (
-        "Hours are the tokens divided by the measured speed of training steps: no evaluation, no checkpoints, no "
-        "waiting for data. The published number of tokens is of text, ours of positions in samples of 128."
+        "Hours are the tokens divided by the speed in `results/training_step.json`: forward and backward of the encoder, "
+        "without head, optimizer, evaluation, checkpoints and data, so a lower bound. The published number of tokens is "
+        "of text, ours of positions in samples of 128."
     )
     return PaperTable("pretraining", "Cost of pretraining", note, lines)
 
@@ -210,6 +211,7 @@ def _speeds(path: Path) -> dict[tuple[str, int], Ours]:
                 row["tokens_per_ms"], content["command"], content["device"], content["date"]
             )
             for row in content["rows"]
+            if "error" not in row  # a model that ran out of memory, for one
         }
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is no benchmark of speed: it lacks {error}") from error
