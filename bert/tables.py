@@ -173,7 +173,7 @@ def pretraining(results: Path, here: Mapping[str, Any]) -> PaperTable:
         paper = published.DEVICE_HOURS.get(name, published.UNCONFIRMED)
         lines.append(Line(name, "hours on one device", ",.1f", paper, hours))
     note = (
-        "Hours are the tokens divided by the speed in `results/training_step.json`: forward and backward of the encoder "
+        "Hours are the tokens divided by the speed in `results/training_step.json`: the encoder forward and backward, "
         "without head, optimizer, evaluation, checkpoints and data, so a lower bound. The published number of tokens "
         "is of text, ours of positions in samples of 128."
     )
