@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu lint format clean
+.PHONY: help install demo tables test test-gpu lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ demo: install  ## pretrain a tiny M2-BERT on English text that Python brings alo
 	    "The default value is [MASK]." \
 	    "This method is called [MASK] the file is closed."
 	@echo "loss curve: runs/m2-demo/loss.png"
+
+tables: install  ## the paper's tables beside ours: results/tables/tables.md, .json and a picture
+	$(BIN)/python -m bert.tables
 
 test: install  ## the whole test suite, on the CPU
 	$(BIN)/python -m pytest

@@ -1,34 +1,14 @@
-"""What a figure is worth nothing without: the machine, the versions and the date."""
+"""Where a benchmark's figures go: JSON, with what made them."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
-
-
-def processor() -> str:
-    """Return the processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def device_name() -> str:
-    """Return the name of the GPU where there is one, else of the processor."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+from bert.provenance import device_name, provenance
 
 
 def _gpu() -> dict[str, Any] | None:
@@ -44,28 +24,10 @@ def _gpu() -> dict[str, Any] | None:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a benchmark of the layers alone runs without the recipe's packages
-        return None
-
-
 def write_figures(path: Path, figures: dict[str, Any]) -> None:
     """Write figures as JSON, with the command (paths by their last part), machine, versions and date."""
-    command = [part if part.startswith("-") else Path(part).name for part in sys.argv]
-    record = {
-        "command": " ".join(["python", *command]),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device_name(),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "gpu": _gpu(),
-        },
-        "versions": {package: _version(package) for package in PACKAGES},
-        **figures,
-    }
+    record = provenance()
+    record["machine"]["gpu"] = _gpu()
+    record |= {"device": device_name(), **figures}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from composer.models import ComposerModel
@@ -21,6 +21,8 @@ from bert.modeling import M2BertForMaskedLM
 
 # Widths that divide by this keep tensor cores busy; the published models round the vocabulary up to it.
 VOCABULARY_MULTIPLE = 8
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class MaskedCrossEntropy(Metric):
@@ -175,40 +177,53 @@ def build_masked_lm(
     Raises:
         RecipeError: the name or a field is unknown, or a value impossible.
     """
-    if name not in MODELS:
-        raise RecipeError(f"model.name '{name}' is unknown: {nearest(name, MODELS)}")
-    return MaskedLanguageModel(
-        MODELS[name](dict(config)), train_mask_rate=train_mask_rate, eval_mask_rate=eval_mask_rate
-    )
+    fields = model_config(name, config)
+    model = instantiate(MODELS[name], fields)
+    return MaskedLanguageModel(model, train_mask_rate=train_mask_rate, eval_mask_rate=eval_mask_rate)
 
 
-def _m2_bert(config: dict[str, Any], monarch: bool = True) -> M2BertForMaskedLM | HuggingFaceBert:
-    if config.setdefault("monarch_mixer_sequence_mixing", monarch) is not monarch:
-        raise RecipeError("model.config.monarch_mixer_sequence_mixing contradicts model.name; leave it out")
-    fields = M2BertConfig.from_recipe(config)
-    fields.vocab_size = padded_vocab_size(fields.vocab_size)
-    return M2BertForMaskedLM(fields)
-
-
-def _attention_bert(config: dict[str, Any]) -> M2BertForMaskedLM | HuggingFaceBert:
-    return _m2_bert(config, monarch=False)
-
-
-def _hf_bert(config: dict[str, Any]) -> M2BertForMaskedLM | HuggingFaceBert:
-    fields = [name for name in inspect.signature(BertConfig.__init__).parameters if name not in ("self", "kwargs")]
-    for name in config:
-        if name not in fields:
-            raise RecipeError(f"model.config has no '{name}': {nearest(name, fields)}")
+def instantiate(model: Callable[[Any], Network], config: M2BertConfig | BertConfig) -> Network:
+    """Make a model of its configuration; RecipeError for values that only the model itself finds impossible."""
     try:
-        return HuggingFaceBert(BertConfig(**config))
+        return model(config)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model.config: {error}") from error
 
 
-MODELS: dict[str, Callable[[dict[str, Any]], M2BertForMaskedLM | HuggingFaceBert]] = {
-    "m2_bert": _m2_bert,
-    "attention_bert": _attention_bert,
-    "hf_bert": _hf_bert,
+def model_config(name: str, config: Mapping[str, Any]) -> M2BertConfig | BertConfig:
+    """Return the configuration that a recipe's `model` section describes; errors as in `build_masked_lm`."""
+    if name not in MODELS:
+        raise RecipeError(f"model.name '{name}' is unknown: {nearest(name, MODELS)}")
+    if name == "hf_bert":
+        return _hf_bert_config(config)
+    monarch = name == "m2_bert"
+    if config.get("monarch_mixer_sequence_mixing", monarch) is not monarch:
+        raise RecipeError("model.config.monarch_mixer_sequence_mixing contradicts model.name; leave it out")
+    fields = M2BertConfig.from_recipe({**config, "monarch_mixer_sequence_mixing": monarch})
+    fields.vocab_size = padded_vocab_size(fields.vocab_size)
+    return fields
+
+
+def bert_fields() -> list[str]:
+    """Return the names of BertConfig's own fields, without those every Hugging Face configuration has."""
+    return [name for name in inspect.signature(BertConfig.__init__).parameters if name not in ("self", "kwargs")]
+
+
+def _hf_bert_config(config: Mapping[str, Any]) -> BertConfig:
+    fields = bert_fields()
+    for name in config:
+        if name not in fields:
+            raise RecipeError(f"model.config has no '{name}': {nearest(name, fields)}")
+    try:
+        return BertConfig(**config)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"model.config: {error}") from error
+
+
+MODELS: dict[str, Callable[[Any], M2BertForMaskedLM | HuggingFaceBert]] = {
+    "m2_bert": M2BertForMaskedLM,
+    "attention_bert": M2BertForMaskedLM,
+    "hf_bert": HuggingFaceBert,
 }
 
 

@@ -41,13 +41,14 @@ class TrainedModel:
         Raises:
             DataError: it is not there, or is another one (its fingerprint differs).
         """
-        tokenizer = load_tokenizer(name_or_path or self._tokenizer_folder())
+        tokenizer = load_tokenizer(name_or_path or self.tokenizer_folder())
         found, expected = fingerprint(tokenizer), self.record["tokenizer_fingerprint"]
         if found != expected:
             raise DataError(f"this is not the model's tokenizer: its fingerprint is {found}, the model's {expected}")
         return tokenizer
 
-    def _tokenizer_folder(self) -> str:
+    def tokenizer_folder(self) -> str:
+        """Return the copy of the tokenizer in the training data's folder; DataError where it is gone."""
         recipe = OmegaConf.create(self.record["recipe"])
         dataset = recipe.train_loader.dataset
         for stream in (dataset, *(dataset.get("streams") or {}).values()):
@@ -58,6 +59,12 @@ class TrainedModel:
             f"the model's tokenizer ({self.record['tokenizer_name']}) is not where the training data was: name it, or "
             f"its folder, with --tokenizer"
         )
+
+
+def has_record(content: Any) -> bool:
+    """Say whether the content of a checkpoint file was saved by a recipe of this project."""
+    state = content.get("state") if isinstance(content, Mapping) else None
+    return isinstance(state, Mapping) and RECORD_NAME in (state.get("callbacks") or {})
 
 
 def load_trained(path: str | os.PathLike[str]) -> TrainedModel:

@@ -6,9 +6,9 @@ import importlib.util
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from composer import algorithms, callbacks, loggers, optim
@@ -25,6 +25,10 @@ from bert.recipe.schema import TrainConfig
 
 if TYPE_CHECKING:
     from bert.composer_models import MaskedLanguageModel
+    from bert.glue.model import SequenceClassifier
+
+DEVICES = (None, "cpu", "gpu", "mps")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,21 @@ def _masked_lm(name: str) -> Entry:
     return Entry(build)
 
 
+def _classifier(name: str) -> Entry:
+    def build(config: dict[str, Any], num_labels: int, pooling: str) -> SequenceClassifier:
+        from bert.glue.model import build_classifier
+
+        return build_classifier(name, config, num_labels=num_labels, pooling=pooling)
+
+    return Entry(build)
+
+
+MODEL_NAMES = ("m2_bert", "attention_bert", "hf_bert")
+
 # kind -> name -> what it builds. The kinds are the recipe's own section names.
 REGISTRY: dict[str, dict[str, Entry]] = {
-    "model": {name: _masked_lm(name) for name in ("m2_bert", "attention_bert", "hf_bert")},
+    "model": {name: _masked_lm(name) for name in MODEL_NAMES},
+    "classifier": {name: _classifier(name) for name in MODEL_NAMES},  # fine-tuning's `model` section
     "optimizer": {
         "decoupled_adamw": Entry(optim.DecoupledAdamW),
         "decoupled_sgdw": Entry(optim.DecoupledSGDW),
@@ -166,33 +182,52 @@ def _is_one_of(value: Any, accepted: set[type]) -> bool:
     return isinstance(value, tuple(accepted)) or (isinstance(value, int) and float in accepted)
 
 
-def check_config(config: TrainConfig) -> None:
-    """Check everything that can be checked without data, devices or building: names, arguments, times, choices.
+class Sections(Protocol):
+    """What the builders read of any recipe: pretraining's and fine-tuning's have these sections in common."""
 
-    Raises:
-        RecipeError: the first mistake, with its key.
-    """
-    entry = REGISTRY["model"].get(config.model.name)
-    if entry is None:
-        raise RecipeError(
-            f"model.name: unknown name '{config.model.name}': {nearest(config.model.name, REGISTRY['model'])}"
-        )
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    algorithms: dict[str, Any]
+    callbacks: dict[str, Any]
+    loggers: dict[str, Any]
+    precision: str
+    compile: Any
+
+
+def check_sections(config: Sections) -> None:
+    """Check names, arguments and choices of the sections that all recipes have; RecipeError for the first mistake."""
     check("optimizer", *_name_and_arguments("optimizer", config.optimizer, drop="param_groups"), given=["params"])
     check_groups(config.optimizer.get("param_groups"))
     check("scheduler", *_name_and_arguments("scheduler", config.scheduler))
     for kind in ("algorithms", "callbacks", "loggers"):
         for name, arguments in active(getattr(config, kind)).items():
             check(kind, name, arguments)
+    check_choice("precision", config.precision, [precision.value for precision in Precision])
+    compile_arguments(config)
+
+
+def check_time(key: str, value: str) -> None:
+    """Raise RecipeError unless `value` is a time in Composer's notation."""
+    try:
+        Time.from_timestring(value)
+    except ValueError as error:
+        raise RecipeError(f"{key}: {error}; write for example 100ba, 4096sp, 1e9tok, 2ep or 0.1dur") from error
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check everything that can be checked without data, devices or building: names, arguments, times, choices.
+
+    Raises:
+        RecipeError: the first mistake, with its key.
+    """
+    check_model_name("model", config.model.name)
+    check_sections(config)
     for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
-        try:
-            Time.from_timestring(getattr(config, key))
-        except ValueError as error:
-            raise RecipeError(f"{key}: {error}; write for example 100ba, 4096sp, 1e9tok, 2ep or 0.1dur") from error
-    _check_choice("precision", config.precision, [precision.value for precision in Precision])
-    _check_choice("device", config.device, [None, "cpu", "gpu", "mps"])
-    _check_choice("python_log_level", config.python_log_level, ["debug", "info", "warning", "error"])
+        check_time(key, getattr(config, key))
+    check_choice("device", config.device, DEVICES)
+    check_choice("python_log_level", config.python_log_level, LOG_LEVELS)
     if isinstance(config.device_train_microbatch_size, str):
-        _check_choice("device_train_microbatch_size", config.device_train_microbatch_size, ["auto"])
+        check_choice("device_train_microbatch_size", config.device_train_microbatch_size, ["auto"])
     positive = ("max_seq_len", "global_train_batch_size", "global_eval_batch_size", "device_train_microbatch_size")
     for key in (*positive, "dry_run_num_devices", "dry_run_mfu"):
         value = getattr(config, key)
@@ -207,7 +242,6 @@ def check_config(config: TrainConfig) -> None:
             raise RecipeError(f"model.config.{key} is {length}, shorter than max_seq_len {config.max_seq_len}")
     if config.autoresume and config.save_folder is None:
         raise RecipeError("autoresume=true needs a save_folder: it goes on from the latest checkpoint in it")
-    compile_arguments(config)
     _check_parallelism(config.parallelism_config)
 
 
@@ -216,7 +250,7 @@ def active(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: arguments for name, arguments in section.items() if arguments is not None}
 
 
-def compile_arguments(config: TrainConfig) -> dict[str, Any] | None:
+def compile_arguments(config: Sections) -> dict[str, Any] | None:
     """The recipe's `compile` as arguments of torch.compile; None for no compilation."""
     if not config.compile:
         return None
@@ -237,30 +271,30 @@ def build_model(config: TrainConfig) -> MaskedLanguageModel:
     )
 
 
-def build_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: Sections, model: torch.nn.Module) -> torch.optim.Optimizer:
     """The optimizer over the parameters of `model`, in one group or in the recipe's param_groups."""
     name, arguments = _name_and_arguments("optimizer", config.optimizer, drop="param_groups")
     groups = parameter_groups(model.named_parameters(), config.optimizer.get("param_groups"))
     return build("optimizer", name, arguments, params=groups)
 
 
-def build_scheduler(config: TrainConfig) -> ComposerScheduler:
+def build_scheduler(config: Sections) -> ComposerScheduler:
     """The learning-rate schedule."""
     return build("scheduler", *_name_and_arguments("scheduler", config.scheduler))
 
 
-def build_algorithms(config: TrainConfig) -> list[Algorithm]:
+def build_algorithms(config: Sections) -> list[Algorithm]:
     """Composer's algorithms, in the order of the recipe."""
     return [build("algorithms", name, arguments) for name, arguments in active(config.algorithms).items()]
 
 
-def build_callbacks(config: TrainConfig, defaults: Mapping[str, Mapping[str, Any]]) -> list[Callback]:
+def build_callbacks(config: Sections, defaults: Mapping[str, Mapping[str, Any]]) -> list[Callback]:
     """The recipe's callbacks; `defaults` has arguments by name that a recipe may leave to the run."""
     sections = active(config.callbacks)
     return [build("callbacks", name, {**defaults.get(name, {}), **own}) for name, own in sections.items()]
 
 
-def build_loggers(config: TrainConfig, defaults: Mapping[str, Mapping[str, Any]]) -> list[LoggerDestination]:
+def build_loggers(config: Sections, defaults: Mapping[str, Mapping[str, Any]]) -> list[LoggerDestination]:
     """The recipe's loggers; `defaults` as in `build_callbacks`."""
     sections = active(config.loggers)
     return [build("loggers", name, {**defaults.get(name, {}), **own}) for name, own in sections.items()]
@@ -274,7 +308,14 @@ def _name_and_arguments(kind: str, section: Mapping[str, Any], drop: str = "") -
     return section["name"], arguments
 
 
-def _check_choice(key: str, value: str | None, choices: list[Any]) -> None:
+def check_model_name(kind: str, name: str) -> None:
+    """Raise RecipeError unless `name` is a model of `kind` ("model" or "classifier")."""
+    if name not in REGISTRY[kind]:
+        raise RecipeError(f"model.name: unknown name '{name}': {nearest(name, REGISTRY[kind])}")
+
+
+def check_choice(key: str, value: str | None, choices: Sequence[Any]) -> None:
+    """Raise RecipeError unless `value` is one of `choices`."""
     if value not in choices:
         raise RecipeError(f"{key} '{value}': {nearest(str(value), ['null' if c is None else c for c in choices])}")
 

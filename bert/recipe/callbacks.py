@@ -200,16 +200,17 @@ def check_record(stored: Mapping[str, Any], current: Mapping[str, Any], source: 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], then: str, now: str) -> list[str]:
     """Say which values of two nested mappings differ, as "key: old {then}, new {now}", sorted by key."""
-    old, new = _flat(before), _flat(after)
+    old, new = flat(before), flat(after)
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [f"{key}: {old.get(key)} {then}, {new.get(key)} {now}" for key in changed]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    result: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
+        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return result
 
 
 class RandomStateOnResume(Callback):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -18,6 +18,8 @@ from bert.data.loader_config import LoaderConfig
 from bert.errors import RecipeError, nearest
 
 RECIPE_FOLDER = Path("yamls/pretrain")
+
+Config = TypeVar("Config")
 
 
 @dataclass
@@ -103,7 +105,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         RecipeError: a missing or malformed file, an unknown key, a value of the wrong type; with file, key and hint.
     """
-    values = _read_yaml(Path(path), ())
+    return load_dataclass(TrainConfig, path, overrides, folder=RECIPE_FOLDER, complete=_fill_loaders)
+
+
+def load_dataclass(
+    cls: type[Config],
+    path: str | Path,
+    overrides: Sequence[str],
+    *,
+    folder: Path,
+    complete: Callable[[dict[str, Any]], None] | None = None,
+) -> Config:
+    """Read a YAML into the dataclass `cls`, as `load_config` says.
+
+    Args:
+        cls: what a YAML of this kind says, a field a key.
+        path: of the YAML.
+        overrides: `key=value`, put on top.
+        folder: where YAMLs of this kind are, for the hint when there is none at `path`.
+        complete: fills in values that follow from others, before types are checked.
+
+    Raises:
+        RecipeError: as in `load_config`.
+    """
+    values = _read_yaml(Path(path), (), folder)
     try:
         merged = OmegaConf.merge(values, _dotlist(overrides))
         assert isinstance(merged, DictConfig)
@@ -111,13 +136,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise RecipeError(f"{path}: {_first_line(error)} (at '{error.full_key}')") from error
     plain = cast(dict[str, Any], OmegaConf.to_container(merged))
-    _check_keys(TrainConfig, plain, "", str(path))
-    _fill_loaders(plain)
+    check_keys(cls, plain, "", str(path))
+    if complete is not None:
+        complete(plain)
+    return to_dataclass(cls, plain, str(path))
+
+
+def to_dataclass(cls: type[Config], values: dict[str, Any], where: str) -> Config:
+    """Make a `cls` of plain values whose keys were checked; RecipeError where a type is wrong."""
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
-        raise RecipeError(f"{path}: '{error.full_key}': {_first_line(error)}") from error
-    assert isinstance(config, TrainConfig)
+        raise RecipeError(f"{where}: '{error.full_key}': {_first_line(error)}") from error
+    assert isinstance(config, cls)
     return config
 
 
@@ -126,14 +157,14 @@ def to_yaml(config: TrainConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _read_yaml(path: Path, readers: tuple[Path, ...]) -> DictConfig:
+def _read_yaml(path: Path, readers: tuple[Path, ...], folder: Path) -> DictConfig:
     """Read one YAML and what it inherits; `readers` are the files whose `base` led here."""
     if path.resolve() in readers:
         raise RecipeError(f"{path}: inherits itself through 'base': {' -> '.join(p.name for p in readers)}")
     try:
         values = OmegaConf.load(path)
     except FileNotFoundError:
-        found = sorted(p for folder in {path.parent, RECIPE_FOLDER} for p in folder.glob("*.yaml"))
+        found = sorted(p for place in {path.parent, folder} for p in place.glob("*.yaml"))
         raise RecipeError(f"{path} does not exist: {nearest(str(path), map(str, found))}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
@@ -142,7 +173,7 @@ def _read_yaml(path: Path, readers: tuple[Path, ...]) -> DictConfig:
     base = values.pop("base", None)
     if base is None:
         return values
-    inherited = OmegaConf.merge(_read_yaml(path.parent / str(base), (*readers, path.resolve())), values)
+    inherited = OmegaConf.merge(_read_yaml(path.parent / str(base), (*readers, path.resolve()), folder), values)
     assert isinstance(inherited, DictConfig)
     return inherited
 
@@ -158,7 +189,7 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
         raise RecipeError(f"overrides {' '.join(overrides)}: {_first_line(error)}") from error
 
 
-def _check_keys(cls: type, values: dict[str, Any], prefix: str, path: str) -> None:
+def check_keys(cls: type, values: dict[str, Any], prefix: str, path: str) -> None:
     """Raise for a key that `cls` or a dataclass below it does not have, and for a value where a section belongs."""
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
@@ -173,7 +204,7 @@ def _check_keys(cls: type, values: dict[str, Any], prefix: str, path: str) -> No
             )
             for suffix, item in items.items():
                 if isinstance(item, dict):
-                    _check_keys(section, item, f"{full_key}{suffix}.", path)
+                    check_keys(section, item, f"{full_key}{suffix}.", path)
                 elif item is not None:
                     raise RecipeError(f"{path}: '{full_key}{suffix}' must be a section with keys, not {item!r}")
 

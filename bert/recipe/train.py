@@ -100,7 +100,7 @@ def train(config: TrainConfig) -> TrainResult:
 def _train(config: TrainConfig) -> TrainResult:
     builders.check_config(config)
     _configure_logging(config)
-    device = _device(config)
+    device = training_device(config.device)
     config = _for_device(config, device)
     world_size = dist.get_world_size()
     device_batch = _device_batch("global_train_batch_size", config.global_train_batch_size, world_size)
@@ -169,10 +169,19 @@ def _configure_logging(config: TrainConfig) -> None:
     logging.getLogger("bert").setLevel(config.python_log_level.upper())
 
 
-def _device(config: TrainConfig) -> Device:
-    if config.device == "gpu" and not torch.cuda.is_available():
+def training_device(name: str | None) -> Device:
+    """The device of a recipe's `device` key; RecipeError for a GPU that is not there."""
+    if name == "gpu" and not torch.cuda.is_available():
         raise RecipeError("device=gpu, but torch sees no CUDA device: use device=cpu, or install a CUDA build of torch")
-    return get_device(config.device)
+    return get_device(name)
+
+
+def precision_on(device: Device, precision: str) -> str:
+    """The precision that training can have on this device, with a warning where it is another one."""
+    if isinstance(device, DeviceCPU) and precision != Precision.FP32.value:
+        log.warning("precision %s becomes fp32: Composer trains on a CPU in fp32 only", precision)
+        return Precision.FP32.value
+    return precision
 
 
 def _for_device(config: TrainConfig, device: Device) -> TrainConfig:
@@ -181,9 +190,7 @@ def _for_device(config: TrainConfig, device: Device) -> TrainConfig:
         return config
     if config.parallelism_config:
         raise RecipeError("parallelism_config needs GPUs: Composer shards models there only; set it to null")
-    if isinstance(device, DeviceCPU) and config.precision != Precision.FP32.value:
-        log.warning("precision %s becomes fp32: Composer trains on a CPU in fp32 only", config.precision)
-        config = dataclasses.replace(config, precision=Precision.FP32.value)
+    config = dataclasses.replace(config, precision=precision_on(device, config.precision))
     if config.device_train_microbatch_size == "auto":
         micro = max(1, config.global_train_batch_size // dist.get_world_size())
         log.warning("device_train_microbatch_size auto becomes %d, the device's whole batch: auto needs a GPU", micro)

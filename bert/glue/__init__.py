@@ -1,0 +1,1 @@
+"""Fine-tuning on GLUE and on tasks like it: `glue.py` at the root."""

@@ -1,0 +1,206 @@
+"""The tables of a sweep: to the terminal, as Markdown, CSV and JSON, and the leaderboard's files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import statistics
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bert.glue.job import FILES, TEST, write_json
+from bert.glue.metrics import AVERAGES, average, columns
+from bert.glue.schema import GlueConfig
+from bert.glue.state import DONE, Job, best_job, best_point
+from bert.provenance import provenance
+
+log = logging.getLogger(__name__)
+
+CONVENTIONS = {
+    "paper": "8 tasks, MRPC by F1 (the paper's code)",
+    "mosaicbert": "8 tasks, MRPC by the mean of accuracy and F1 (MosaicBERT)",
+    "devlin": "9 columns, MNLI-m and -mm apart, QQP and MRPC by F1 (Devlin et al.)",
+}
+
+
+def summarise(config: GlueConfig, jobs: Sequence[Job], command: Sequence[str]) -> dict[str, Any]:
+    """Gather what the sweep found: per task and grid point over seeds, and the averages of the best points."""
+    tasks: dict[str, Any] = {}
+    for name in dict.fromkeys(job.plan.name for job in jobs):
+        own = [job for job in jobs if job.plan.name == name]
+        best = best_point(own)
+        points = [_point([job for job in own if job.point == index]) for index in range(len(own[0].plan.points))]
+        tasks[name] = {"best": best, "points": points}
+    best_metrics = {
+        name: {metric: values["mean"] for metric, values in task["points"][task["best"]]["metrics"].items()}
+        for name, task in tasks.items()
+        if task["best"] is not None
+    }
+    averages = {}
+    for convention in AVERAGES:
+        found = columns(convention, best_metrics)
+        averages[convention] = {
+            "average": average(convention, best_metrics),
+            "columns": found,
+            "missing": [column for column in AVERAGES[convention] if column not in found],
+        }
+    return {
+        "kind": "glue",
+        "run_name": config.run_name,
+        **provenance(command),
+        "model": {"name": config.model.name, "config": config.model.config},
+        "checkpoint": None if config.checkpoint is None else Path(config.checkpoint).name,
+        "protocol": config.protocol,
+        "split": "validation",
+        "tasks": tasks,
+        "averages": averages,
+        "failed": [
+            {"job": job.name, "task": job.plan.name, "seed": job.seed, "state": job.state, "reason": job.reason}
+            for job in jobs
+            if job.state != DONE
+        ],
+    }
+
+
+def _point(jobs: Sequence[Job]) -> dict[str, Any]:
+    results = [job.result for job in jobs if job.result is not None]
+    names = list(results[0]["metrics"]) if results else []
+    return {
+        "point": jobs[0].plan.points[jobs[0].point][0],
+        "seeds": [result["seed"] for result in results],
+        "num_seeds": len(jobs),
+        "score": _statistics([result["score"] for result in results]) if results else None,
+        "metrics": {name: _statistics([result["metrics"][name] for result in results]) for name in names},
+        "jobs": [
+            {
+                key: result[key]
+                for key in ("key", "seed", "start_key", "steps", "samples_per_second", "seconds", "device", "date")
+            }
+            for result in results
+        ],
+    }
+
+
+def _statistics(values: Sequence[float]) -> dict[str, Any]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}
+
+
+Rows = list[list[str]]
+
+
+def score_table(summary: Mapping[str, Any]) -> Rows:
+    """A header, and a line a task and grid point, the best marked; in hundredths, mean ± deviation over seeds."""
+    rows = [["task", "grid point", "seeds", "score", "metrics"]]
+    for name, task in summary["tasks"].items():
+        for index, point in enumerate(task["points"]):
+            label = ", ".join(f"{key}={value}" for key, value in point["point"].items()) or "-"
+            if index == task["best"] and len(task["points"]) > 1:
+                label += " (best)"
+            metrics = "; ".join(f"{metric} {_hundredths(values)}" for metric, values in point["metrics"].items())
+            score = _hundredths(point["score"]) if point["score"] else "none done"
+            rows.append([name, label, f"{len(point['seeds'])} of {point['num_seeds']}", score, metrics])
+    return rows
+
+
+def average_table(summary: Mapping[str, Any]) -> Rows:
+    """A line a convention: the average, or what is missing for it."""
+    rows = [["GLUE average", "", "columns"]]
+    for convention, found in summary["averages"].items():
+        value = "not defined" if found["average"] is None else f"{100 * found['average']:.2f}"
+        cells = ", ".join(f"{column} {100 * score:.1f}" for column, score in found["columns"].items())
+        missing = f" (not run: {', '.join(found['missing'])})" if found["missing"] else ""
+        rows.append([CONVENTIONS[convention], value, cells + missing])
+    return rows
+
+
+def failure_table(summary: Mapping[str, Any]) -> Rows:
+    """A line a job that is not done, with the reason; only a header where all are."""
+    return [["not done", "state", "reason"]] + [
+        [failed["job"], failed["state"], " ".join(failed["reason"].split())] for failed in summary["failed"]
+    ]
+
+
+def _hundredths(values: Mapping[str, Any]) -> str:
+    text = f"{100 * values['mean']:.2f}"
+    return text if values["std"] is None else f"{text} ± {100 * values['std']:.2f}"
+
+
+def markdown(rows: Rows) -> str:
+    """A table in Markdown."""
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def print_table(rows: Rows, console: Console | None = None) -> None:
+    """Print a table to the terminal."""
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    (console or Console()).print(table)
+
+
+def write(folder: Path, config: GlueConfig, summary: dict[str, Any], jobs: Sequence[Job]) -> None:
+    """Print the tables and write results.md, .csv and .json, and with `test` the submission."""
+    tables = [score_table(summary), average_table(summary)]
+    if summary["failed"]:
+        tables.append(failure_table(summary))
+    for table in tables:
+        print_table(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"# {config.run_name}: dev scores, in hundredths\n\n"
+    _write_text(folder / "results.md", title + "\n".join(markdown(table) for table in tables))
+    _write_text(folder / "results.csv", _csv(summary))
+    write_json(folder / "results.json", summary)
+    if config.output is not None:
+        write_json(Path(config.output), summary)
+    if config.test:
+        _write_submission(folder / "submission", jobs)
+
+
+def _csv(summary: Mapping[str, Any]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["task", "point", "best", "metric", "mean", "std", "seeds"])
+    for name, task in summary["tasks"].items():
+        for index, point in enumerate(task["points"]):
+            metrics = {"score": point["score"], **point["metrics"]} if point["score"] else {}
+            for metric, values in metrics.items():
+                row = [name, json.dumps(point["point"]), index == task["best"], metric, values["mean"], values["std"]]
+                writer.writerow([*row, len(values["values"])])
+    for convention, found in summary["averages"].items():
+        writer.writerow(["average", convention, "", "score", found["average"], "", ""])
+    return text.getvalue()
+
+
+def _write_submission(folder: Path, jobs: Sequence[Job]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(job.plan.name for job in jobs):
+        best = best_job([job for job in jobs if job.plan.name == name])
+        if best is None or best.spec is None:
+            log.warning("submission: %s has no finished job", name)
+            continue
+        predictions = json.loads((best.spec.folder / FILES[TEST]).read_text(encoding="utf-8"))
+        for file_name, values in predictions.items():
+            lines = [f"{index}\t{value}\n" for index, value in enumerate(values)]
+            _write_text(folder / f"{file_name}.tsv", "index\tprediction\n" + "".join(lines))
+    temporary = folder / ".submission.tmp"
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.glob("*.tsv")):
+            archive.write(path, path.name)
+    os.replace(temporary, folder / "submission.zip")
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,63 @@
+"""What a figure is worth nothing without: the command, the machine, the versions and the date."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "mosaicml", "mosaicml-streaming", "transformers", "tokenizers", "numpy")
+
+
+def processor() -> str:
+    """Return the processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def device_name() -> str:
+    """Return the name of the GPU where there is one, else of the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what the figures depend on; None for a package that is not installed."""
+    return {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a benchmark of the layers alone runs without the recipe's packages
+        return None
+
+
+def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return command (paths by their last part), date, machine and versions; CUDA is not touched.
+
+    Args:
+        arguments: of the command, its script first; None: this process's.
+    """
+    return {
+        "command": " ".join(["python", *map(_shortened, sys.argv if arguments is None else arguments)]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": versions(),
+    }
+
+
+def _shortened(part: str) -> str:
+    """An argument with a path in it by the path's last part: where a folder lay on one machine says nothing."""
+    key, equals, value = part.rpartition("=")
+    return part if value.startswith(("-", "hub:")) else f"{key}{equals}{Path(value).name}"
