@@ -150,12 +150,11 @@ class Encoder(nn.Module):
 
     def _evaluate_filters(self, hidden: Tensor) -> list[tuple[Tensor, ...]] | None:
         """Evaluate the filters of all layers together, for the kernels in training; None where layers do it."""
-        mixers = [layer.sequence_mixer for layer in cast(Iterable[M2BertLayer], self.layers)]
+        modules = [layer.sequence_mixer for layer in cast(Iterable[M2BertLayer], self.layers)]
+        mixers = [module for module in modules if isinstance(module, MonarchSequenceMixer)]
+        if not mixers or not torch.is_grad_enabled() or not kernels_apply(hidden, compute_dtype(hidden)):
+            return None
         first = mixers[0]
-        if not isinstance(first, MonarchSequenceMixer) or not torch.is_grad_enabled():
-            return None
-        if not kernels_apply(hidden, compute_dtype(hidden)):
-            return None
         filters = [implicit_filter for mixer in mixers for implicit_filter in mixer.filters()]
         taps = two_sided_taps([f.tensors() for f in filters], hidden.shape[1], first.filter.frequency_scale).unbind()
         each = len(first.filters())

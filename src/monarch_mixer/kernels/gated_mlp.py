@@ -150,7 +150,7 @@ def _input_weight_gradient(grad_wide: Tensor, x: Tensor) -> Tensor:
 
     So few, so long sums would leave most of a GPU idle: many tokens are summed in parts first.
     """
-    num_blocks, tokens, wide = grad_wide.shape
+    num_blocks, tokens = grad_wide.shape[:2]
     blocks = x.unflatten(1, (num_blocks, -1))
     if tokens < 1024 * TOKEN_PARTS or tokens % TOKEN_PARTS:
         return torch.bmm(grad_wide.transpose(1, 2), blocks.transpose(0, 1))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from monarch_mixer.kernels.support import empty
+from monarch_mixer.kernels import support
 
 
 class Gradients(NamedTuple):
@@ -47,7 +47,8 @@ def short_convolve(ptr, offset, position, valid, length, parameters, row, MASKED
 
     Args:
         ptr: the channel's first sequence.
-        offset: where runs of eight positions begin, (rows, runs).
+        offset: where runs of eight positions begin, (runs, rows): runs first, since Triton lets the threads of a warp
+            follow the first of two axes that are not contiguous, and the runs of a row are neighbours.
         position: their first positions.
         valid: whether a run belongs to a sequence.
         length: positions of a sequence.
@@ -59,8 +60,8 @@ def short_convolve(ptr, offset, position, valid, length, parameters, row, MASKED
     Returns:
         (rows, 8 * runs) in fp32.
     """
-    rows: tl.constexpr = offset.shape[0]
-    runs: tl.constexpr = offset.shape[1]
+    runs: tl.constexpr = offset.shape[0]
+    rows: tl.constexpr = offset.shape[1]
     parameters += row * 5
     past2, past1, now = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
     bias, input_bias = tl.load(parameters + 3), tl.load(parameters + 4)
@@ -72,15 +73,15 @@ def short_convolve(ptr, offset, position, valid, length, parameters, row, MASKED
     real = valid[:, :, None] & (before >= 0) & (before < length)
     halo = tl.load(ptr + (offset[:, :, None] + pair), mask=real, other=0.0).to(tl.float32)
     halo_even, halo_odd = tl.split(tl.where(before >= 0, halo, -input_bias))
-    even, odd = tl.split(tl.reshape(x, (rows, runs, 4, 2)))
+    even, odd = tl.split(tl.reshape(x, (runs, rows, 4, 2)))
     past_odd = _delay(odd, halo_odd)
     constant = input_bias * (now + past1 + past2) + bias
     y_even = now * even + past1 * past_odd + past2 * _delay(even, halo_even) + constant
     y_odd = now * odd + past1 * even + past2 * past_odd + constant
-    y = tl.reshape(tl.join(y_even, y_odd), (rows, runs, 8))
+    y = tl.reshape(tl.join(y_even, y_odd), (runs, rows, 8))
     if MASKED:
         y = tl.where(inside, y, 0.0)
-    return tl.reshape(y, (rows, 8 * runs))
+    return tl.reshape(tl.permute(y, (1, 0, 2)), (rows, 8 * runs))
 
 
 @triton.jit
@@ -108,17 +109,17 @@ def _short_convolution_backward_kernel(
     grad_ptr += start
     projected_ptr += start
     out_ptr += start
-    sum_now = tl.zeros([ROWS, RUNS, 4], tl.float32)
-    sum_past1 = tl.zeros([ROWS, RUNS, 4], tl.float32)
-    sum_past2 = tl.zeros([ROWS, RUNS, 4], tl.float32)
-    sum_grad = tl.zeros([ROWS, RUNS, 4], tl.float32)
-    sum_out = tl.zeros([ROWS, RUNS, 4], tl.float32)
+    sum_now = tl.zeros([RUNS, ROWS, 4], tl.float32)
+    sum_past1 = tl.zeros([RUNS, ROWS, 4], tl.float32)
+    sum_past2 = tl.zeros([RUNS, ROWS, 4], tl.float32)
+    sum_grad = tl.zeros([RUNS, ROWS, 4], tl.float32)
+    sum_out = tl.zeros([RUNS, ROWS, 4], tl.float32)
     steps = tl.cdiv(length, 8 * RUNS)
     step8 = tl.arange(0, 8)[None, None, :]
     pair = tl.arange(0, 2)[None, None, :] + 8
     for item in range(part, tl.cdiv(batch, ROWS) * steps, num_parts):
-        sequence = item // steps * ROWS + tl.arange(0, ROWS)[:, None]
-        position = ((item % steps) * RUNS + tl.arange(0, RUNS)[None, :]) * 8
+        sequence = item // steps * ROWS + tl.arange(0, ROWS)[None, :]
+        position = ((item % steps) * RUNS + tl.arange(0, RUNS)[:, None]) * 8
         offset = sequence * length + position
         valid = (sequence < batch) & (position < length)
         inside = valid[:, :, None] & (position[:, :, None] + step8 < length)
@@ -128,13 +129,13 @@ def _short_convolution_backward_kernel(
         halo = tl.load(grad_ptr + (offset[:, :, None] + pair), mask=beyond, other=0.0).to(tl.float32)
         x = tl.load(projected_ptr + here, mask=inside, other=0.0).to(tl.float32) + input_bias
         halo_even, halo_odd = tl.split(halo)
-        even, odd = tl.split(tl.reshape(grad, (ROWS, RUNS, 4, 2)))
-        x_even, x_odd = tl.split(tl.reshape(x, (ROWS, RUNS, 4, 2)))
+        even, odd = tl.split(tl.reshape(grad, (RUNS, ROWS, 4, 2)))
+        x_even, x_odd = tl.split(tl.reshape(x, (RUNS, ROWS, 4, 2)))
         next_even = _advance(even, halo_even)
         next_odd = _advance(odd, halo_odd)
         out_even = now * even + past1 * odd + past2 * next_even
         out_odd = now * odd + past1 * next_even + past2 * next_odd
-        out = tl.reshape(tl.join(out_even, out_odd), (ROWS, RUNS, 8))
+        out = tl.reshape(tl.join(out_even, out_odd), (RUNS, ROWS, 8))
         tl.store(out_ptr + here, out.to(out_ptr.dtype.element_ty), mask=inside)
         # The product of the gradient at t with the input at t - j is that of the gradient at t + j with the input at t.
         sum_now += even * x_even + odd * x_odd
@@ -159,13 +160,13 @@ def short_convolution_backward(grad: Tensor, projected: Tensor, parameters: Tens
         parameters: see `short_convolve`.
     """
     rows, batch, length = projected.shape
-    out = empty(rows, batch, length, dtype=projected.dtype, device=projected.device)
+    out = support.empty(rows, batch, length, dtype=projected.dtype, device=projected.device)
     runs = min(256, triton.next_power_of_2(triton.cdiv(length, 8)))
     sequences = 256 // runs
     items = triton.cdiv(batch, sequences) * triton.cdiv(length, 8 * runs)
     # Enough programs for any GPU, and each with work enough to make its sums cheap.
     num_parts = max(1, min(triton.cdiv(items, 4), 8))
-    sums = empty(rows, num_parts, 5, dtype=torch.float32, device=projected.device)
+    sums = support.empty(rows, num_parts, 5, dtype=torch.float32, device=projected.device)
     _short_convolution_backward_kernel[(rows, num_parts)](
         grad, projected, parameters, out, sums, batch, length, num_parts, ROWS=sequences, RUNS=runs, num_warps=4
     )
@@ -184,7 +185,7 @@ def _transpose_kernel(in_ptr, out_ptr, rows, columns, BLOCK_R: tl.constexpr, BLO
 def transpose(x: Tensor) -> Tensor:
     """Return the contiguous transpose (columns, rows) of a contiguous matrix x (rows, columns)."""
     rows, columns = x.shape
-    out = empty(columns, rows, dtype=x.dtype, device=x.device)
+    out = support.empty(columns, rows, dtype=x.dtype, device=x.device)
     if x.numel():
         grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 64))
         _transpose_kernel[grid](x, out, rows, columns, BLOCK_R=64, BLOCK_C=64, num_warps=4)

@@ -28,9 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from monarch_mixer.kernels import support
 from monarch_mixer.kernels.gates import Gradients, short_convolve
 from monarch_mixer.kernels.products import dot
-from monarch_mixer.kernels.support import dot_precision, empty
+from monarch_mixer.kernels.support import dot_precision
 
 
 class Shape(NamedTuple):
@@ -212,7 +213,7 @@ def _taps_gradient_kernel(
     spectrum_ptr, tables_ptr, twiddle_ptr, out_ptr, length, num_distances, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of `_spectrum_kernel`: taps of `block` lags, from the gradients at the two distances that see them."""
+    """The adjoint of `_spectrum_kernel`: `block` lags, from the gradients at the two distances that see them."""
     channel = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1)  # lags from (first - 1 - num_distances // 2) * block up
     block: tl.constexpr = ROWS * COLUMNS
@@ -268,12 +269,20 @@ def _stream(
 
 
 @triton.jit
-def _places(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, STEP: tl.constexpr):
-    """Return sequence and position of every STEP-th element of a tile whose sequences start at `first`."""
-    per_sequence: tl.constexpr = COLUMNS // STEP
-    column = tl.arange(0, SEQUENCES * per_sequence)[None, :]
-    position = tl.arange(0, ROWS)[:, None] * COLUMNS + column % per_sequence * STEP
-    return first + column // per_sequence, position
+def _places(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr):
+    """Return sequence and position of every element of a tile whose sequences start at `first`, (ROWS, width)."""
+    column = tl.arange(0, SEQUENCES * COLUMNS)[None, :]
+    position = tl.arange(0, ROWS)[:, None] * COLUMNS + column % COLUMNS
+    return first + column // COLUMNS, position
+
+
+@triton.jit
+def _runs(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr):
+    """Return sequence and position of every run of eight elements of such a tile, (width / 8, ROWS)."""
+    each: tl.constexpr = COLUMNS // 8
+    run = tl.arange(0, SEQUENCES * each)[:, None]
+    position = run % each * 8 + tl.arange(0, ROWS)[None, :] * COLUMNS
+    return first + run // each, position
 
 
 @triton.jit
@@ -281,7 +290,8 @@ def _forward_kernel(
     projected_ptr, parameters, spectrum_ptr, skip_ptr, input_ptr, residual_spectrum_ptr, residual_skip_ptr,
     out_ptr, inner_ptr, tables_ptr, twiddle_ptr, channels, batch, length, plane, num_parts,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both convolutions of a part of a channel's sequences, which fit a block each, SEQUENCES at a time."""
     channel = tl.program_id(0).to(tl.int64)
@@ -296,7 +306,6 @@ def _forward_kernel(
         input_ptr += start
     out_ptr += start
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    block: tl.constexpr = ROWS * COLUMNS
     width: tl.constexpr = SEQUENCES * COLUMNS
     # The matrices stay on the chip through the loop. Twiddles and filters do where KEEP says so; else they come from
     # the cache each time, and leave room for more programs.
@@ -311,13 +320,13 @@ def _forward_kernel(
     for group in range(part, tl.cdiv(batch, SEQUENCES), num_parts):
         if KEEP < 1:
             twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
-        sequence, position = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 1)
+        sequence, position = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES)
         valid = (sequence < batch) & (position < length)
         offset = sequence * length + position
         out = tl.zeros([ROWS, width], tl.float32)
         if GATED:
-            run_sequence, run = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 8)
-            run_valid = run_sequence < batch
+            run_sequence, run = _runs(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES)
+            run_valid = (run_sequence < batch) & (run >= 0)
             run_offset = run_sequence * length + run
             z = _stream(
                 projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
@@ -360,9 +369,10 @@ def _backward_kernel(
     grad_short_ptr, grad_input_ptr, grad_spectrum_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr,
     channels, batch, length, plane, num_parts,
     GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one of the two convolutions: of its input (or its gates), and of its transform over a part's batch."""
+    """Gradients of one of the two convolutions: of its input (or gates), and of its transform over a part's batch."""
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     # Pointers to the channel, so that offsets within it are small integers.
@@ -389,11 +399,11 @@ def _backward_kernel(
     for group in range(part, tl.cdiv(batch, SEQUENCES), num_parts):
         if KEEP < 1:
             twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, width)
-        sequence, position = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 1)
+        sequence, position = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES)
         valid = (sequence < batch) & (position < length)
         offset = sequence * length + position
-        run_sequence, run = _places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES, 8)
-        run_valid = run_sequence < batch
+        run_sequence, run = _runs(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES)
+        run_valid = (run_sequence < batch) & (run >= 0)
         run_offset = run_sequence * length + run
         grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         if GATED:
@@ -456,7 +466,8 @@ def _blocks_to_frequency_kernel(
     SOURCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transform every block of what SOURCE names: "gate" (first gate * value), "plain" (input or gradient), or
-    "gradient" (gradient * last gate)."""
+    "gradient" (gradient * last gate).
+    """
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     # Pointers to the channel, so that offsets within it are small integers.
@@ -475,7 +486,7 @@ def _blocks_to_frequency_kernel(
         sequence = item // num_blocks
         begin = item % num_blocks * block
         twiddle_cos, twiddle_sin = _twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
-        _, run = _places(0, ROWS, COLUMNS, 1, 8)
+        _, run = _runs(0, ROWS, COLUMNS, 1)
         run += begin
         valid = run < length
         start = sequence * length
@@ -564,7 +575,7 @@ def _blocks_forward_kernel(
             )
             if SAVE_INNER:
                 tl.store(inner_ptr + offset, inner.to(dtype), mask=inside)
-            _, run = _places(0, ROWS, COLUMNS, 1, 8)
+            _, run = _runs(0, ROWS, COLUMNS, 1)
             run += index * block
             after = _stream(
                 projected_ptr, 1, channel, channels, start + run, run, run < length, length, plane, parameters, MASKED
@@ -620,7 +631,7 @@ def _blocks_backward_kernel(
         if GATED:
             inner = tl.load(inner_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             tl.store(grad_short_ptr + plane + offset, (grad * inner).to(dtype), mask=inside)
-            _, run = _places(0, ROWS, COLUMNS, 1, 8)
+            _, run = _runs(0, ROWS, COLUMNS, 1)
             run += index * block
             valid = run < length
             grad *= _stream(
@@ -674,7 +685,7 @@ def _blocks_spectrum_gradient_kernel(
 
 @functools.lru_cache(maxsize=64)
 def _tables(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the matrices (cos, sin of rows; cos, sin, -sin of columns), scaled to keep norms, and the twiddle's cos, sin."""
+    """Return the matrices (cos, sin of rows; cos, sin, -sin of columns), keeping norms, and the twiddle (cos, sin)."""
     rows, columns = SHAPES[block][:2]
     k1 = torch.arange(rows, dtype=torch.float64)[:, None] + 0.5
     # Counting time from half a step earlier makes the matrix symmetric; the twiddle takes the difference.
@@ -714,7 +725,7 @@ def spectrum(taps: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     length = (lags + 1) // 2
     rows, columns = SHAPES[block][:2]
     num_distances = 2 * triton.cdiv(length, block) - 1
-    out = empty(channels, num_distances, 2, rows, columns, dtype=torch.float32, device=taps.device)
+    out = support.empty(channels, num_distances, 2, rows, columns, dtype=torch.float32, device=taps.device)
     tables, twiddle = _tables(block, torch.float32, taps.device)
     _spectrum_kernel[(channels, num_distances)](
         taps, tables, twiddle, out, length, num_distances, math.sqrt(block),
@@ -733,7 +744,7 @@ def taps_gradient(grad_spectrum: Tensor, length: int, dtype: torch.dtype) -> Ten
     """
     channels, num_distances, _, rows, columns = grad_spectrum.shape
     block = rows * columns
-    out = empty(channels, 2 * length - 1, dtype=torch.float32, device=grad_spectrum.device)
+    out = support.empty(channels, 2 * length - 1, dtype=torch.float32, device=grad_spectrum.device)
     tables, twiddle = _tables(block, torch.float32, grad_spectrum.device)
     _taps_gradient_kernel[(channels, num_distances + 1)](
         grad_spectrum, tables, twiddle, out, length, num_distances, math.sqrt(block),
@@ -766,8 +777,10 @@ def forward(
     block, num_blocks = rows * columns, (num_distances + 1) // 2
     tables, twiddle = _tables(block, like.dtype, like.device)
     precision = dot_precision(like.dtype)
-    out = empty(channels, batch, length, dtype=like.dtype, device=like.device)
-    inner = empty(channels, batch, length, dtype=like.dtype, device=like.device) if save_inner and gated else None
+    out = support.empty(channels, batch, length, dtype=like.dtype, device=like.device)
+    inner = (
+        support.empty(channels, batch, length, dtype=like.dtype, device=like.device) if save_inner and gated else None
+    )
     switches = {"GATED": gated is not None, "RESIDUAL": residual is not None, "SAVE_INNER": inner is not None}
     if num_blocks == 1:
         sequences = min(SHAPES[block].sequences, triton.next_power_of_2(batch))
@@ -775,7 +788,8 @@ def forward(
         _forward_kernel[(channels, num_parts)](
             projected, parameters, filter_spectrum, skip, x, residual_spectrum, residual_skip, out, inner,
             tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
-            **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=SHAPES[block].keep, MASKED=length % block != 0, PRECISION=precision,
+            **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=SHAPES[block].keep,
+            MASKED=length % block != 0, PRECISION=precision,
             num_warps=SHAPES[block].warps, num_stages=1,
         )  # fmt: skip
         return out, inner
@@ -785,7 +799,8 @@ def forward(
     _blocks_forward_kernel[(channels, num_parts)](
         projected, parameters, blocks, filter_spectrum, skip, residual_blocks, residual_spectrum, residual_skip,
         out, inner, tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
-        **switches, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision, num_warps=SHAPES[block].warps, num_stages=1,
+        **switches, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision,
+        num_warps=SHAPES[block].warps, num_stages=1,
     )  # fmt: skip
     return out, inner
 
@@ -807,9 +822,10 @@ def _blocks_to_frequency(
     block = rows * columns
     tables, twiddle = _tables(block, like.dtype, like.device)
     num_parts = _block_parts(channels, batch * num_blocks)
-    out = empty(channels, batch, num_blocks, 2, rows, columns, dtype=like.dtype, device=like.device)
+    out = support.empty(channels, batch, num_blocks, 2, rows, columns, dtype=like.dtype, device=like.device)
     _blocks_to_frequency_kernel[(channels, num_parts)](
-        projected, parameters, x, x, out, tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
+        projected, parameters, x, x, out, tables, twiddle, channels, batch, length,
+        channels * batch * length, num_blocks, num_parts,
         SOURCE=source, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0,
         PRECISION=dot_precision(like.dtype), num_warps=SHAPES[block].warps, num_stages=1,
     )  # fmt: skip
@@ -850,30 +866,32 @@ def _convolution_backward(
     tables, twiddle = _tables(block, grad.dtype, grad.device)
     precision = dot_precision(grad.dtype)
     planes = 3 if gated else 1
-    out = empty(planes * channels, batch, length, dtype=grad.dtype, device=grad.device)
+    out = support.empty(planes * channels, batch, length, dtype=grad.dtype, device=grad.device)
     grad_short, grad_input = (out, None) if gated else (None, out)
     if num_blocks == 1:
         sequences = min(SHAPES[block].sequences, triton.next_power_of_2(batch))
         num_parts = max(1, min(triton.cdiv(batch, sequences), PROGRAMS["backward"] // channels))
-        grad_spectrum = empty(channels, num_parts, 1, 2, rows, columns, dtype=torch.float32, device=grad.device)
-        grad_skip = empty(channels, num_parts, dtype=torch.float32, device=grad.device)
+        grad_spectrum = support.empty(channels, num_parts, 1, 2, rows, columns, dtype=torch.float32, device=grad.device)
+        grad_skip = support.empty(channels, num_parts, dtype=torch.float32, device=grad.device)
         _backward_kernel[(channels, num_parts)](
             projected, parameters, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_spectrum,
             grad_skip, tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
             GATED=gated is not None, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=SHAPES[block].keep,
-            MASKED=length % block != 0, PRECISION=precision, num_warps=SHAPES[block].warps, num_stages=1,
+            MASKED=length % block != 0, PRECISION=precision,
+        num_warps=SHAPES[block].warps, num_stages=1,
         )  # fmt: skip
         return out, grad_spectrum.sum(1), grad_skip.sum(1)
     num_parts = _block_parts(channels, batch * num_blocks)
     blocks = _blocks_to_frequency("gate" if gated else "plain", gated, x, num_blocks, filter_spectrum)
     grad_blocks = _blocks_to_frequency("gradient" if gated else "plain", gated, grad, num_blocks, filter_spectrum)
-    grad_skip = empty(channels, num_parts, dtype=torch.float32, device=grad.device)
+    grad_skip = support.empty(channels, num_parts, dtype=torch.float32, device=grad.device)
     _blocks_backward_kernel[(channels, num_parts)](
         projected, parameters, grad_blocks, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_skip,
         tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
-        GATED=gated is not None, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision, num_warps=SHAPES[block].warps, num_stages=1,
+        GATED=gated is not None, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision,
+        num_warps=SHAPES[block].warps, num_stages=1,
     )  # fmt: skip
-    grad_spectrum = empty(channels, num_distances, 2, rows, columns, dtype=torch.float32, device=grad.device)
+    grad_spectrum = support.empty(channels, num_distances, 2, rows, columns, dtype=torch.float32, device=grad.device)
     piece = min(1024, block)
     _blocks_spectrum_gradient_kernel[(triton.cdiv(block, piece), num_distances, channels)](
         blocks, grad_blocks, grad_spectrum, batch, num_blocks, BLOCK=block, PIECE=piece, num_warps=4

@@ -73,7 +73,7 @@ _spectrum.register_autograd(_spectrum_backward, setup_context=_save_spectrum)
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """Return x (batch, length, channels) as a contiguous (channels, batch, length); a copy unless its memory is that."""
+    """Return x (batch, length, channels) as contiguous (channels, batch, length); copied unless its memory is that."""
     permuted = x.permute(2, 0, 1)
     if permuted.is_contiguous():
         return permuted
@@ -135,7 +135,7 @@ def _mix(
 
 
 @_mix.register_fake
-def _(projected, parameters, gated_operand, skip, x, residual_operand, residual_skip, save_inner):  # type: ignore[no-untyped-def]
+def _(projected, parameters, gated_operand, skip, x, residual_operand, residual_skip, save_inner):
     like = projected if x is None else x
     channels = (residual_operand if gated_operand is None else gated_operand).shape[0]
     out = like.new_empty(channels, *like.shape[1:])
@@ -166,7 +166,7 @@ def _mix_backward(
 
 
 @_mix_backward.register_fake
-def _(grad, inner, *inputs):  # type: ignore[no-untyped-def]
+def _(grad, inner, *inputs):
     return tuple(grad.new_empty(0) if t is None else torch.empty_like(t) for t in inputs)
 
 
@@ -223,7 +223,9 @@ def mix_cached(
     a gradient, and makes them anew in every replay where one does.
 
     Args:
-        projected, parameters, x: as in `mix`.
+        projected: as in `mix`.
+        parameters: as in `mix`.
+        x: as in `mix`.
         gated_filter: the tensors (see `monarch_mixer.filters.two_sided_taps`) and the skip weights.
         residual_filter: the same, or None.
         frequency_scale: of the filters.
@@ -255,7 +257,7 @@ def _mix_cached(
 
 
 @_mix_cached.register_fake
-def _(projected, parameters, gated_tensors, skip, x, residual_tensors, residual_skip, frequency_scale):  # type: ignore[no-untyped-def]
+def _(projected, parameters, gated_tensors, skip, x, residual_tensors, residual_skip, frequency_scale):
     return torch.empty_like(x)
 
 

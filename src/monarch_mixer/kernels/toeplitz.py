@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from monarch_mixer.kernels import support
 from monarch_mixer.kernels.gates import Gradients, short_convolve
 from monarch_mixer.kernels.products import dot
-from monarch_mixer.kernels.support import dot_precision, empty
+from monarch_mixer.kernels.support import dot_precision
 
 # In fp32 the matrices of longer ones do not fit.
 MAX_LENGTH = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
@@ -64,24 +65,28 @@ def _forward_kernel(
     if RESIDUAL:
         residual_matrix = _toeplitz_tile(residual_taps_ptr, residual_skip_ptr, channel, length, False, BLOCK, dtype)
     row = tl.arange(0, ROWS)[:, None]
-    run = tl.arange(0, BLOCK // 8)[None, :] * 8
+    run = tl.arange(0, BLOCK // 8)[:, None] * 8
+    run_row = tl.arange(0, ROWS)[None, :]
     for block in range(part, tl.cdiv(batch, ROWS), num_parts):
         sequence = block * ROWS + row
         valid = (sequence < batch) & (position < length)
         offset = sequence * length
         out = tl.zeros([ROWS, BLOCK], tl.float32)
         if GATED:
-            in_batch = (sequence < batch) & (run >= 0)
-            z = short_convolve(projected_ptr, offset + run, run, in_batch, length, parameters, channel, False)
+            run_sequence = block * ROWS + run_row
+            in_batch = (run_sequence < batch) & (run >= 0)
+            run_place = run_sequence * length + run
+            run_position = run + run_row * 0
+            z = short_convolve(projected_ptr, run_place, run_position, in_batch, length, parameters, channel, False)
             z *= short_convolve(
-                projected_ptr + plane + plane, offset + run, run, in_batch, length, parameters, channel + 2 * channels,
-                False,
+                projected_ptr + plane + plane, run_place, run_position, in_batch, length, parameters,
+                channel + 2 * channels, False,
             )  # fmt: skip
             inner = dot(z.to(dtype), matrix, None, PRECISION)
             if SAVE_INNER:
                 tl.store(inner_ptr + offset + position, inner.to(dtype), mask=valid)
             after = short_convolve(
-                projected_ptr + plane, offset + run, run, in_batch, length, parameters, channel + channels, False
+                projected_ptr + plane, run_place, run_position, in_batch, length, parameters, channel + channels, False
             )
             out += inner * after
         if RESIDUAL:
@@ -120,7 +125,8 @@ def _backward_kernel(
         residual_matrix = _toeplitz_tile(residual_taps_ptr, residual_skip_ptr, channel, length, True, BLOCK, dtype)
         residual_products = tl.zeros([BLOCK, BLOCK], tl.float32)
     row = tl.arange(0, ROWS)[:, None]
-    run = tl.arange(0, BLOCK // 8)[None, :] * 8
+    run = tl.arange(0, BLOCK // 8)[:, None] * 8
+    run_row = tl.arange(0, ROWS)[None, :]
     for block in range(part, tl.cdiv(batch, ROWS), num_parts):
         sequence = block * ROWS + row
         valid = (sequence < batch) & (position < length)
@@ -133,18 +139,23 @@ def _backward_kernel(
             grad_input = dot(grad, residual_matrix, None, PRECISION)
             tl.store(grad_input_ptr + here, grad_input.to(dtype), mask=valid)
         if GATED:
-            in_batch = (sequence < batch) & (run >= 0)
+            run_sequence = block * ROWS + run_row
+            in_batch = (run_sequence < batch) & (run >= 0)
+            run_place = run_sequence * length + run
+            run_position = run + run_row * 0
             inner = tl.load(inner_ptr + here, mask=valid, other=0.0).to(tl.float32)
             grad_after = grad.to(tl.float32) * inner
             tl.store(grad_short_ptr + plane + here, grad_after.to(dtype), mask=valid)
             after = short_convolve(
-                projected_ptr + plane, offset + run, run, in_batch, length, parameters, channel + channels, False
+                projected_ptr + plane, run_place, run_position, in_batch, length, parameters, channel + channels, False
             )
             grad_inner = (grad.to(tl.float32) * after).to(dtype)
-            before = short_convolve(projected_ptr, offset + run, run, in_batch, length, parameters, channel, False)
+            before = short_convolve(
+                projected_ptr, run_place, run_position, in_batch, length, parameters, channel, False
+            )
             value = short_convolve(
-                projected_ptr + plane + plane, offset + run, run, in_batch, length, parameters, channel + 2 * channels,
-                False,
+                projected_ptr + plane + plane, run_place, run_position, in_batch, length, parameters,
+                channel + 2 * channels, False,
             )  # fmt: skip
             z = (before * value).to(dtype)
             products = dot(tl.trans(z), grad_inner, products, PRECISION)
@@ -205,8 +216,10 @@ def forward(
     assert like is not None
     batch, length = like.shape[1:]
     channels = (taps if taps is not None else residual_taps).shape[0]  # type: ignore[union-attr]
-    out = empty(channels, batch, length, dtype=like.dtype, device=like.device)
-    inner = empty(channels, batch, length, dtype=like.dtype, device=like.device) if save_inner and gated else None
+    out = support.empty(channels, batch, length, dtype=like.dtype, device=like.device)
+    inner = (
+        support.empty(channels, batch, length, dtype=like.dtype, device=like.device) if save_inner and gated else None
+    )
     rows = _rows(batch, like.dtype, "forward")
     num_parts = _num_parts(channels, triton.cdiv(batch, rows))
     _forward_kernel[(channels, num_parts)](
@@ -240,8 +253,8 @@ def backward(
         projected, parameters, taps, skip = gated or (None,) * 4
         x, residual_taps, residual_skip = residual or (None,) * 3
         planes = 3 if gated else 1
-        out = empty(planes * channels, batch, length, dtype=grad.dtype, device=grad.device)
-        products = empty(channels, num_parts, block, block, dtype=torch.float32, device=grad.device)
+        out = support.empty(planes * channels, batch, length, dtype=grad.dtype, device=grad.device)
+        products = support.empty(channels, num_parts, block, block, dtype=torch.float32, device=grad.device)
         _backward_kernel[(channels, num_parts)](
             projected, parameters, taps, skip, x, residual_taps, residual_skip, inner, grad,
             *((out, None, products, None) if gated else (None, out, None, products)),
@@ -270,7 +283,7 @@ def _num_parts(channels: int, blocks: int) -> int:
 
 def _diagonal_sums(products: Tensor, length: int) -> Tensor:
     channels, num_parts, block, _ = products.shape
-    out = empty(channels, 2 * length - 1, dtype=torch.float32, device=products.device)
+    out = support.empty(channels, 2 * length - 1, dtype=torch.float32, device=products.device)
     _diagonal_sums_kernel[(channels,)](
         products, out, length, num_parts, BLOCK=block, LAGS=2 * block, STEP=16, num_warps=4
     )

@@ -27,19 +27,6 @@ def bf16_rounds_to_nearest(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", rounding)
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Fill what kernels are given to write with NaN, so that anything they leave out shows."""
-    from monarch_mixer.kernels import support
-
-    def empty(*shape, dtype, device):
-        return torch.full(shape, float("nan"), dtype=dtype, device=device)
-
-    for module in ("gates", "toeplitz", "monarch_fft"):
-        monkeypatch.setattr(f"monarch_mixer.kernels.{module}.empty", empty)
-    monkeypatch.setattr(support, "empty", empty)
-
-
 @pytest.fixture(
     params=[
         pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")),

@@ -1,0 +1,83 @@
+"""The mixer's way through the kernels against its plain way, on the same weights."""
+
+import copy
+
+import pytest
+import torch
+
+from monarch_mixer import MonarchSequenceMixer
+from monarch_mixer.filters import two_sided_taps
+from tests.monarch_mixer.kernels.support import DTYPES, TOLERANCES, relative_error
+
+CHANNELS = 4
+FORMS = [{}, {"layer_norm": True}, {"bidirectional": False}, {"residual_convolution": False}]
+
+
+def make(length, device, **form):
+    mixer = MonarchSequenceMixer(CHANNELS, length, filter_order=8, sine_frequency=2.0, **form).to(device)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return mixer
+
+
+def through_kernels(mixer, x, taps=None, cache_filters=True):
+    return mixer._forward_kernels(x, x.dtype, taps, cache_filters)
+
+
+@pytest.mark.parametrize(("form", "length"), [*((form, 20) for form in FORMS), ({"layer_norm": True}, 150)])
+def test_outputs_and_gradients(form, length, device):
+    mixer = make(length + 3, device, **form)
+    x = torch.randn(2, length, CHANNELS, device=device, requires_grad=True)
+    out = through_kernels(mixer, x)
+    exact = copy.deepcopy(mixer).double().cpu()
+    exact_x = x.detach().double().cpu().requires_grad_()
+    expected = exact(exact_x)
+    assert relative_error(out.cpu(), expected) < 1e-5
+    grad = torch.randn_like(expected)
+    got = torch.autograd.grad(out, [x, *mixer.parameters()], grad.to(out))
+    wanted = torch.autograd.grad(expected, [exact_x, *exact.parameters()], grad)
+    for gradient, reference in zip(got, wanted, strict=True):
+        assert relative_error(gradient.cpu(), reference) < 1e-5
+
+
+def test_evaluation_keeps_filters_until_a_weight_changes(device, monkeypatch):
+    from monarch_mixer.kernels import sequence_mixer
+
+    evaluations = []
+
+    def counted(*arguments):
+        evaluations.append(arguments)
+        return two_sided_taps(*arguments)
+
+    monkeypatch.setattr(sequence_mixer, "two_sided_taps", counted)
+    mixer = make(12, device).eval()
+    x = torch.randn(1, 12, CHANNELS, device=device)
+    with torch.no_grad():
+        first = through_kernels(mixer, x)
+        assert torch.equal(through_kernels(mixer, x), first) and len(evaluations) == 2  # one a filter
+        mixer.filter.frequency.mul_(1.5)
+        second = through_kernels(mixer, x)
+        assert len(evaluations) == 3 and not torch.equal(second, first)
+        assert relative_error(second, through_kernels(mixer, x, cache_filters=False).double()) < 1e-6
+        through_kernels(mixer, x[:, :7])
+        assert len(evaluations) == 5  # another length has other operands
+
+
+def test_channels_first_input_is_not_copied(device):
+    from monarch_mixer.kernels.sequence_mixer import channels_first
+
+    x = torch.randn(CHANNELS, 2, 9, device=device)
+    assert channels_first(x.permute(1, 2, 0)).data_ptr() == x.data_ptr()
+    y = torch.randn(2, 9, CHANNELS, device=device)
+    assert torch.equal(channels_first(y), y.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_poisoned_padding_of_a_tile_stays_out(dtype, device):
+    """Positions past the length lie in the same tile: what the memory after the last sequence holds must not matter."""
+    mixer = make(140, device)
+    x = torch.randn(3, 130, CHANNELS, device=device)
+    with torch.no_grad():
+        whole = through_kernels(mixer, x.to(dtype))
+        part = through_kernels(mixer, x[:1].to(dtype))
+    assert relative_error(part, whole[:1]) < TOLERANCES[dtype]
