@@ -31,9 +31,9 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
-def versions() -> dict[str, str | None]:
-    """Return the versions of what the figures depend on; None for a package that is not installed."""
-    return {package: _version(package) for package in PACKAGES}
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Return the versions of packages; None for one that is not installed (the project itself may be on the path)."""
+    return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str | None:

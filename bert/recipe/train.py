@@ -10,7 +10,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from bert.data.shared_memory import clean_stale_shared_memory
 from bert.data.streaming_text import build_data_spec
 from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import DataError, RecipeError
+from bert.provenance import versions
 from bert.recipe import builders
 from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, TrainingDivergedError, finite_save_interval
 from bert.recipe.resume import check_checkpoint, run_folder, starting_point
@@ -247,7 +247,7 @@ def _record(config: TrainConfig, metadata: DatasetMetadata) -> dict[str, Any]:
         "model": {"name": config.model.name, "config": config.model.config},
         "tokenizer_fingerprint": metadata.tokenizer_fingerprint,
         "tokenizer_name": metadata.tokenizer_name,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": {"python": platform.python_version(), **versions(packages)},
     }
 
 
