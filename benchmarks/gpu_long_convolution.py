@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_long_convolution.py --output results/long_convolution.json
 
-Ours is the kernel on channels-first memory, its layout, with the filter prepared as evaluation keeps it; beside it the
-public `monarch_mixer.long_convolution`, which prepares the filter in every call. The peer is PyTorch's FFT in fp32 on the
-layout that suits it, casts and the filter's transform included; the floor is a copy of the tensor. The error is relative,
-of the whole output, to an FFT in fp64 of the same bf16 inputs.
+Ours is the kernel on channels-first memory, its layout, with the filter prepared as evaluation keeps it; beside it
+the public `monarch_mixer.long_convolution`, which prepares the filter in every call. The peer is PyTorch's FFT in
+fp32 on the layout that suits it, casts and the filter's transform included; the floor is a copy of the tensor. The
+error is relative, of the whole output, to an FFT in fp64 of the same bf16 inputs.
 """
 
 from __future__ import annotations
