@@ -1,11 +1,17 @@
 """Shared by all tests: determinism and one CPU thread a process, since the machine has few cores."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+# The kernels' tests run in Triton's interpreter where there is no GPU. Triton looks when it is first imported, and
+# Composer imports it: so here, before any test module.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

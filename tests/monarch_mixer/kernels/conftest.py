@@ -1,14 +1,8 @@
 """The kernels' tests: on a GPU where there is one (`make test-gpu`), else in Triton's interpreter on CPU tensors."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
-
-# Triton looks when a kernel is defined, which is when its module is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
