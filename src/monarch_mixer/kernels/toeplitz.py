@@ -20,8 +20,8 @@ from monarch_mixer.kernels.support import dot_precision
 
 # In fp32 the matrices of longer ones do not fit.
 MAX_LENGTH = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
-# Sequences of a tile, warps of a program and the most registers a thread may take (None: any number): what was fastest on
-# an H100. Two programs share a processor, one loading while the other multiplies.
+# Sequences of a tile, warps of a program and the most registers a thread may take (None: any number): what was fastest
+# on an H100. Two programs share a processor, one loading while the other multiplies.
 ROWS = {"forward": 64, "backward": 32}
 WARPS = {"forward": 4, "backward": 8}
 REGISTERS: dict[str, int | None] = {"forward": None, "backward": 128}
