@@ -46,8 +46,8 @@ class Shape(NamedTuple):
 
 # By block = rows * columns. Operations a token are 8 * rows + 16 * columns. Up to 2,048 the shapes are such that Triton
 # multiplies by warps rather than by groups of four of them (under 64 rows, or two warps): 64 rows by 16 or 32 columns
-# were faster at 2,048 (the mixer 0.51 ms, not 0.71), but what Triton 3.6 made of so many small products read outside the
-# shared memory now and then (compute-sanitizer on an H100; it finds nothing in the shapes below).
+# were faster at 2,048 (the mixer 0.51 ms, not 0.71), but what Triton 3.6 made of so many small products read outside
+# the shared memory now and then (compute-sanitizer on an H100; it finds nothing in the shapes below).
 SHAPES = {
     256: Shape(16, 16, 4, 2, 2),
     512: Shape(32, 16, 2, 2, 2),
