@@ -255,14 +255,11 @@ def test_floors_agree_with_the_count_of_operations(run: Run) -> None:
 
 @pytest.mark.slow
 def test_training_throughput(run: Run) -> None:
-    figures = run("training_throughput", "--no-compile", "kernels=false")
-    assert list(figures["rows"]) == ["bare", "recipe"]
-    for row in figures["rows"].values():
-        assert len(row["batch_s"]) == 2 and row["tokens_per_s_min"] <= row["tokens_per_s"] <= row["tokens_per_s_max"]
-    assert all(3 < loss < 6 for loss in figures["rows"]["recipe"]["loss"])
-    assert figures["ratio"] == pytest.approx(
-        figures["rows"]["recipe"]["tokens_per_s"] / figures["rows"]["bare"]["tokens_per_s"]
-    )
+    figures = run("training_throughput", "--no-compile", "--part", "recipe", "kernels=false")
+    assert list(figures["rows"]) == ["recipe"] and figures["ratio"] is None
+    row = figures["rows"]["recipe"]
+    assert len(row["batch_s"]) == 2 and row["tokens_per_s_min"] <= row["tokens_per_s"] <= row["tokens_per_s_max"]
+    assert all(3 < loss < 6 for loss in row["loss"])
 
 
 def test_synthetic_shards_are_what_the_loader_reads(run: Run, tmp_path: Path) -> None:

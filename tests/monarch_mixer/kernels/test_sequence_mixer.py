@@ -83,17 +83,18 @@ def test_short_sequences(device, dtype, batch, length):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "length"), [(2, 129), (5, 500)])
 def test_long_sequences(device, dtype, batch, length):
-    check(make_inputs(1, batch, length, dtype, device), dtype)
+    check(make_inputs(3, batch, length, dtype, device), dtype)
 
 
-@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 257), (torch.bfloat16, 700), (torch.float16, 600)])
+@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 257), (torch.bfloat16, 520), (torch.float16, 400)])
 def test_sequences_of_several_blocks(device, dtype, length):
-    check(make_inputs(1, 2, length, dtype, device), dtype, method=256)
+    check(make_inputs(3, 2, length, dtype, device), dtype, method=256)
 
 
 @pytest.mark.parametrize("block", [1024, 2048, 4096, 8192])
 def test_every_block(device, block):
-    check(make_inputs(1, 1, block // 2 + 5, torch.bfloat16, device), torch.bfloat16, method=block)
+    channels = 4096 // block + 1  # gradients of a few sums alone would be judged by how they cancel
+    check(make_inputs(channels, 1, block // 2 + 5, torch.bfloat16, device), torch.bfloat16, method=block)
 
 
 @pytest.mark.parametrize(("length", "method"), [(40, None), (300, None), (300, 256)])
