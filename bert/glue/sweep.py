@@ -53,6 +53,12 @@ tasks.rte.epochs=2. These are the keys:
 """
 
 INTERRUPTED = 130  # exit code
+# What of a task's row and of its settings a job's key follows from, the content of its data aside.
+ROW_KEYS = (
+    *("text", "label", "labels", "label_range", "metrics", "score", "train", "validation"),
+    *("tsv_columns", "tsv_headerless", "tsv_names"),
+)
+NO_NUMBERS = ("loggers", "seeds", "grid", "start_from")
 _POLL_SECONDS = 0.5
 _ELSEWHERE_SECONDS = 2.0  # between two looks at a job that another sweep runs
 _PATIENCE = 10.0  # seconds that a job has to end after SIGTERM
@@ -128,6 +134,7 @@ class Sweep:
             raise RecipeError("start glue.py with python, not with a launcher: it gives each job a device itself")
         self.folder = Path(config.folder.replace("{run_name}", config.run_name))
         self.gpus = _gpus(config.device)
+        self.device = "gpu" if self.gpus else "cpu"  # said to each job, so that none falls back to the CPU by itself
         self.num_slots = config.num_slots or max(1, len(self.gpus))
         self.threads = config.threads or max(1, threads // self.num_slots)
         self.start = Start(
@@ -181,16 +188,17 @@ class Sweep:
             weights = {"job": start_key}
             begin = dataclasses.replace(begin, checkpoint=str(start.spec.folder / jobs.FILES[jobs.MODEL]))
         task = dataclasses.asdict(plan.task)
-        apart = ("loggers", "seeds", "grid", "start_from")
+        numbers = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NO_NUMBERS}
         identity = {
             "task": plan.name,
-            "row": {key: task[key] for key in ("text", "label", "labels", "label_range", "metrics", "score")},
+            "row": {key: task[key] for key in ROW_KEYS},
             "data": self._identities[plan.name],
             "tokenizer": self.tokenizer_id,
             "max_seq_len": config.max_seq_len,
             "padding": config.padding,
             "start": weights,
-            "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key not in apart},
+            "settings": numbers,
+            "device": self.device,
             "kernels": config.kernels,
             "deterministic": config.deterministic,
             "seed": job.seed,
@@ -214,7 +222,7 @@ class Sweep:
             max_seq_len=config.max_seq_len,
             padding=config.padding,
             cache=config.cache,
-            device=config.device,
+            device=self.device,
             threads=self.threads,
             kernels=config.kernels,
             deterministic=config.deterministic,

@@ -239,6 +239,14 @@ def test_what_defines_a_job_is_its_key(recipe: Recipe, glue_data: Path, tmp_path
     key = specification(path).key
     for override in ("optimizer.lr=0.5", "epochs=2", "seeds=[9]", "model.config.hidden_size=32", "pooling=mean"):
         assert specification(path, override).key != key, override
+    swapped = "{source: sentence, sentence: source, label: label, judgement: judgement}"
+    for override in (
+        f"tasks.cola.task.tsv_columns={swapped}",
+        "tasks.cola.task.tsv_names=[sentence,label,judgement,source]",
+        "tasks.cola.task.tsv_headerless=[train]",
+        "tasks.cola.task.train=validation",
+    ):
+        assert specification(path, override).key != key, override
     for override in ("num_slots=1", "folder=elsewhere", "loggers={jsonl: {}}", "retries=3", "python_log_level=debug"):
         assert specification(path, override).key == key, override
     copy = tmp_path / "copy" / "CoLA"
@@ -249,6 +257,11 @@ def test_what_defines_a_job_is_its_key(recipe: Recipe, glue_data: Path, tmp_path
     with (copy / "train.tsv").open("a") as file:
         file.write("gj04\t1\t\tthe good cat\n")
     assert specification(path, f"data={copy.parent}", "only=[cola]").key != key
+    plan = sweep.Sweep(load_config(path), threads=1)
+    plan.device = "gpu"
+    plan._release()
+    assert plan.jobs[0].spec is not None
+    assert (plan.jobs[0].spec.device, plan.jobs[0].spec.key != key) == ("gpu", True)
 
 
 def test_a_job_runs_from_its_file(recipe: Recipe, tmp_path: Path) -> None:
