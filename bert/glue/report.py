@@ -184,23 +184,25 @@ def _csv(summary: Mapping[str, Any]) -> str:
 
 def _write_submission(folder: Path, jobs: Sequence[Job]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    texts: dict[str, str] = {}
     for name in dict.fromkeys(job.plan.name for job in jobs):
         best = best_job([job for job in jobs if job.plan.name == name])
         if best is None or best.spec is None:
             log.warning("submission: %s has no finished job", name)
             continue
-        predictions = json.loads((best.spec.folder / FILES[TEST]).read_text(encoding="utf-8"))
-        for file_name, values in predictions.items():
+        content = json.loads((best.spec.folder / FILES[TEST]).read_text(encoding="utf-8"))
+        for file_name, values in content["predictions"].items():
             lines = [f"{index}\t{value}\n" for index, value in enumerate(values)]
-            _write_text(folder / f"{file_name}.tsv", "index\tprediction\n" + "".join(lines))
-    temporary = folder / ".submission.tmp"
+            texts[f"{file_name}.tsv"] = "index\tprediction\n" + "".join(lines)
+    temporary = folder / f".submission.{os.getpid()}.tmp"
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(folder.glob("*.tsv")):
-            archive.write(path, path.name)
+        for file_name, text in sorted(texts.items()):
+            _write_text(folder / file_name, text)
+            archive.writestr(file_name, text)
     os.replace(temporary, folder / "submission.zip")
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

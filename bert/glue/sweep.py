@@ -25,10 +25,10 @@ from composer.utils import dist
 from rich.console import Console
 from rich.logging import RichHandler
 
-from bert.errors import RecipeError
+from bert.errors import DataError, RecipeError
 from bert.glue import job as jobs
 from bert.glue import report
-from bert.glue.data import locate
+from bert.glue.data import HUB, hub_commit, locate
 from bert.glue.job import JobSpec
 from bert.glue.model import Start, check_fits
 from bert.glue.results import Results
@@ -47,9 +47,10 @@ Fine-tunes on the recipe's tasks, seeds and grid, for example:
   ... 'grid={optimizer.lr: [3e-5, 5e-5], epochs: [3, 10]}' num_slots=8
 
 The same command again does what is missing. Results and tables are in runs/glue/RUN_NAME. --test also predicts the test
-splits and writes the leaderboard's files. The exit code is 0 where every job is done, 1 where one failed, 2 for a
-mistake in the recipe, 130 after Ctrl-C. A task's own section goes before the settings at the top, so change them there:
-tasks.rte.epochs=2. These are the keys:
+splits and writes the leaderboard's files. It keeps each job's model, and so predicts without training again; jobs that
+were done without it have kept none (but those that others start from) and are trained again. The exit code is 0 where
+every job is done, 1 where one failed, 2 for a mistake in the recipe, 130 after Ctrl-C. A task's own section goes before
+the settings at the top, so change them there: tasks.rte.epochs=2. These are the keys:
 """
 
 INTERRUPTED = 130  # exit code
@@ -142,7 +143,8 @@ class Sweep:
         )
         self.tokenizer_name = self.start.tokenizer_name(config.tokenizer_name)
         self.tokenizer_id = self._check_model()
-        self._identities = self._check_data()
+        self.revisions = self._revisions()
+        self._identities, self._predictions = self._check_data()
         self._start_identity = self.start.identity()
         self.results = Results(self.folder)
         self.jobs = [
@@ -162,16 +164,39 @@ class Sweep:
             tokenizer_id = check_fits(model, self.config.max_seq_len, self.config.padding, self.tokenizer_name)
         return tokenizer_id
 
-    def _check_data(self) -> dict[str, Any]:
+    def _revisions(self) -> dict[str, str | None]:
+        sources = {self.config.data, *(plan.task.source or self.config.data for plan in self.plans)}
+        names = sorted(source.removeprefix(HUB) for source in sources if source.startswith(HUB))
+        return {name: hub_commit(name, self.config.hub_revision) for name in names}
+
+    def _check_data(self) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+        """What each task's splits are, and what each task's model is to predict."""
         config, identities = self.config, {}
+        predictions: dict[str, list[dict[str, Any]]] = {}
         for plan in self.plans:
             task = plan.task
             splits = [task.train, *task.validation]
-            places = {name: locate(plan.name, task, name, config.data, config.hub_revision) for name in splits}
+            places = {name: locate(plan.name, task, name, config.data, self.revisions) for name in splits}
             identities[plan.name] = {name: place.identity() for name, place in places.items()}
-            for name in task.test if config.test else ():
-                locate(plan.name, task, name, config.data, config.hub_revision)
-        return identities
+            predictions[plan.name] = []
+            if config.test:
+                predictions[plan.name] += [self._predicted(plan.name, task, split) for split in task.test]
+            if config.test and task.diagnostic is not None:
+                row = TASKS[task.diagnostic]
+                try:
+                    predictions[plan.name] += [self._predicted(task.diagnostic, row, split) for split in row.test]
+                except DataError as error:
+                    log.warning("no predictions for %s: %s", task.diagnostic, error)
+        return identities, predictions
+
+    def _predicted(self, name: str, task: Task, split: str) -> dict[str, Any]:
+        return {
+            "task": name,
+            "split": split,
+            "file": task.submission.get(split, f"{name}-{split}"),
+            "names": task.submit_names,
+            "data": locate(name, task, split, self.config.data, self.revisions).identity(),
+        }
 
     # --- what a job is
 
@@ -204,7 +229,7 @@ class Sweep:
             "seed": job.seed,
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        outputs = [jobs.MODEL] if any(other.start_from == plan.name for other in self.plans) else []
+        outputs = [jobs.MODEL] if plan.is_start or config.test else []
         return JobSpec(
             key=key,
             sweep_folder=str(self.folder),
@@ -215,8 +240,11 @@ class Sweep:
             settings=settings,
             start=begin,
             start_key=start_key,
+            start_identity=self._start_identity,
             data=config.data,
-            hub_revision=config.hub_revision,
+            revisions=self.revisions,
+            data_identity=self._identities[plan.name],
+            predictions=self._predictions[plan.name],
             tokenizer_name=self.tokenizer_name,
             tokenizer_id=self.tokenizer_id,
             max_seq_len=config.max_seq_len,

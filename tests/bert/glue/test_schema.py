@@ -199,6 +199,8 @@ def test_a_task_of_ones_own_is_a_row_in_the_yaml(recipe: Recipe) -> None:
         ({"tasks": {"cola": {"task": {"metrics": ["pearson"]}}}}, "'pearson' does not go with 2 classes"),
         ({"tasks": {"own": {"task": {"text": ["a"], "metrics": ["f1"]}}}}, "'f1' does not go with a regression"),
         ({"tasks": {"own": {"task": {"text": ["a"], "labels": ["x", "y"]}}}}, "must name at least one of accuracy"),
+        ({"tasks": {"cola": {"task": {"diagnostic": "axx"}}}}, "tasks.cola.task.diagnostic 'axx'"),
+        ({"tasks": {"cola": {"task": {"diagnostic": "ax"}}}}, "tasks.cola.task.diagnostic 'ax'"),  # of other classes
         ({"tasks": {"cola": 3}}, "tasks.cola must be a section"),
         ({"tasks": {"ax": {}}}, "--test predicts it with the model of mnli"),
         ({"tasks": {"rte": {"start_from": "mnli"}}}, "tasks.rte.start_from: this sweep does not run 'mnli'"),
