@@ -34,7 +34,7 @@ EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".tsv.gz", ".csv.gz
 GLUE_HINT = (
     "get GLUE's TSV files from https://gluebenchmark.com/tasks, or take the data from the Hub: data=hub:nyu-mll/glue"
 )
-_CACHE_VERSION = 1  # of the arrays' layout
+_CACHE_VERSION = 2  # of the arrays' layout, and of how rows are read
 _HUB_SECONDS = 10.0  # to wait for an answer about a commit
 _CHUNK = 10_000  # texts tokenised at a time
 _SORTED_BATCHES = 64  # shuffled batches that are sorted by length together, where padding is dynamic
@@ -176,10 +176,15 @@ def read_rows(place: Place, task: Task) -> Rows:
         log.warning("%s: %d rows with missing or surplus fields are left out", place, torn)
     if not texts:
         raise DataError(f"{place.task}: {place} has no rows")
-    known = task.rows.get(place.split)
-    if known is not None and known != len(texts):
-        log.warning("%s: %s rows, but the data set is known to have %s: %s", place.task, len(texts), known, place)
+    for warning in count_warnings(task, place.split, len(texts)):
+        log.warning("%s: %s: %s", place.task, warning, place)
     return Rows(texts, labels if labelled else None)
+
+
+def count_warnings(task: Task, split: str, rows: int) -> list[str]:
+    """Say that a split has not the number of rows that it is known to have; nothing where it has, or none is known."""
+    known = task.rows.get(split, rows)
+    return [] if known == rows else [f"{split}: {rows} rows, but the data set is known to have {known}"]
 
 
 def _columns_of(template: str) -> list[str]:
@@ -202,8 +207,8 @@ def _label(value: Any, task: Task, where: str) -> float:
         if not low <= number <= high:
             raise DataError(f"{where}: the label {number} is outside of {low} to {high}")
         return number
-    if isinstance(value, str) and value in task.labels:
-        return task.labels.index(value)
+    if str(value) in task.labels:  # a name before it is an id, whether the file has it as text or as a number
+        return task.labels.index(str(value))
     try:
         index = int(value)
     except (TypeError, ValueError):
@@ -345,6 +350,8 @@ def load_split(
             temporary = path.with_suffix(".tmp")
             with temporary.open("wb") as file:
                 np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
             log.info("%s %s: %d rows tokenised", place.task, place.split, len(split))
     with np.load(path, allow_pickle=False) as stored:

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from bert.data.tokenizer import load_tokenizer
 from bert.errors import CheckpointError, RecipeError
-from bert.glue.data import EncodedSplit, in_file_order, load_split, loader, locate
+from bert.glue.data import EncodedSplit, count_warnings, in_file_order, load_split, loader, locate
 from bert.glue.metrics import metric_key
 from bert.glue.model import SequenceClassifier, Start, load_finetuned, save_finetuned
 from bert.glue.results import Results
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 DONE, CRASHED, REFUSED, DIVERGED, BUSY = 0, 1, 2, 3, 75  # exit codes; BUSY: another process runs this job
 MODEL, TEST = "model", "test"  # what a job leaves on demand, and the names of their files
+FAILURE = "failure.json"  # the reason of a failed attempt
 FILES = {MODEL: "model.pt", TEST: "test.json"}
 
 
@@ -115,7 +116,7 @@ def run(spec: JobSpec) -> int:
     logging.getLogger("bert").setLevel(spec.python_log_level.upper())
     results = Results(spec.sweep_folder)
     spec.folder.mkdir(parents=True, exist_ok=True)
-    failure = spec.folder / "failure.json"
+    failure = spec.folder / FAILURE
     try:
         # The operating system takes the lock away from a process that dies, however it dies.
         with FileLock(spec.folder / "lock", timeout=0):
@@ -159,7 +160,7 @@ def _is_trained(result: Mapping[str, Any] | None, spec: JobSpec) -> bool:
 def _is_predicted(spec: JobSpec) -> bool:
     try:
         content = json.loads((spec.folder / FILES[TEST]).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # ValueError: torn by a power cut
         return False
     return content["made_from"] == spec.predictions
 
@@ -342,6 +343,11 @@ def train(spec: JobSpec) -> dict[str, Any]:
         "start_key": spec.start_key,
         "steps": steps,
         "train_rows": len(train_split),
+        "warnings": [
+            warning
+            for split, rows in {task.train: train_split, **evaluated}.items()
+            for warning in count_warnings(task, split, len(rows))
+        ],
         "samples_per_second": {
             "train": progress.samples_per_second(),
             "eval": rows / progress.eval_seconds if progress.eval_seconds else None,

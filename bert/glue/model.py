@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -344,10 +345,11 @@ def save_finetuned(path: Path, model: SequenceClassifier, start: Start, metadata
         section = {"name": name, "config": {key: value for key, value in fields.items() if key != "pool_all"}}
     elif isinstance(config, BertConfig):
         section = {"name": "hf_bert", "config": {name: getattr(config, name) for name in bert_fields()}}
-    torch.save(
-        {"kind": FINETUNED, "model": section, "weights": model.model.state_dict(), "metadata": json.dumps(metadata)},
-        path,
-    )
+    content = {"kind": FINETUNED, "model": section, "weights": model.model.state_dict()}
+    with path.open("wb") as file:
+        torch.save({**content, "metadata": json.dumps(metadata)}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_finetuned(path: Path, start: Start, num_labels: int, pooling: str) -> SequenceClassifier:

@@ -52,16 +52,22 @@ def summarise(config: GlueConfig, jobs: Sequence[Job], command: Sequence[str]) -
             "columns": found,
             "missing": [column for column in AVERAGES[convention] if column not in found],
         }
+    results = [job.result for job in jobs if job.result is not None]
+    days = sorted(result["date"][:10] for result in results)
+    made = provenance(command)
+    if days:  # when the figures were made, not when they were last printed
+        made["date"] = " to ".join(dict.fromkeys((days[0], days[-1])))
     return {
         "kind": "glue",
         "run_name": config.run_name,
-        **provenance(command),
+        **made,
         "model": {"name": config.model.name, "config": config.model.config},
         "checkpoint": None if config.checkpoint is None else Path(config.checkpoint).name,
         "protocol": config.protocol,
         "split": "validation",
         "tasks": tasks,
         "averages": averages,
+        "warnings": sorted({f"{result['task']}, {text}" for result in results for text in result["warnings"]}),
         "failed": [
             {"job": job.name, "task": job.plan.name, "seed": job.seed, "state": job.state, "reason": job.reason}
             for job in jobs
@@ -154,6 +160,8 @@ def write(folder: Path, config: GlueConfig, summary: dict[str, Any], jobs: Seque
     tables = [score_table(summary), average_table(summary)]
     if summary["failed"]:
         tables.append(failure_table(summary))
+    if summary["warnings"]:
+        tables.append([["data"], *([text] for text in summary["warnings"])])
     for table in tables:
         print_table(table)
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ class GlueConfig(Settings):
 
     run_name: str = MISSING
     variables: dict[str, Any] = field(default_factory=dict)  # free: values for ${variables.x} elsewhere in the YAML
-    protocol: str = "default"  # paper: insist on what the original code ran (see bert.glue.schema.PAPER_POOLING)
+    protocol: str = "default"  # paper: refuse shuffling, pooling and metrics that the original code did not run
 
     # --- what is run
     tasks: dict[str, Any] = field(default_factory=dict)  # name -> settings of its own, {} for none, null: left out
@@ -260,6 +260,8 @@ def _check_paper(plans: dict[str, TaskPlan]) -> None:
             for key, value, original in (
                 ("shuffle", settings.shuffle, False),
                 ("pooling", settings.pooling, PAPER_POOLING[name]),
+                ("task.metrics", plan.task.metrics, TASKS[name].metrics),
+                ("task.score", plan.task.score, TASKS[name].score),
             ):
                 if value != original:
                     raise RecipeError(

@@ -373,7 +373,7 @@ def _reason(spec: JobSpec, code: int | None) -> str:
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
     try:
-        reason = json.loads((spec.folder / "failure.json").read_text(encoding="utf-8"))["reason"]
+        reason = json.loads((spec.folder / jobs.FAILURE).read_text(encoding="utf-8"))["reason"]
     except FileNotFoundError:
         return f"ended with exit code {code}; its log: {spec.folder / 'log.txt'}"
     return str(reason)
@@ -386,6 +386,7 @@ def _job_process(spec: JobSpec, gpu: str | None, parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(parent)
     spec.folder.mkdir(parents=True, exist_ok=True)
+    (spec.folder / jobs.FAILURE).unlink(missing_ok=True)  # an earlier attempt's reason is not this one's
     sys.stdout = sys.stderr = (spec.folder / "log.txt").open("a", encoding="utf-8", buffering=1)
     for stream in (1, 2):
         os.dup2(sys.stdout.fileno(), stream)

@@ -92,6 +92,13 @@ def test_csv_jsonl_and_parquet_of_ones_own(tmp_path: Path) -> None:
     assert read(tmp_path, "own", "test", OWN).texts == [("A: b",)]
 
 
+def test_a_label_that_is_a_name_and_an_id_is_a_name(tmp_path: Path) -> None:
+    task = Task(text=["a"], labels=["1", "0"], metrics=["accuracy"])
+    write(tmp_path / "own" / "train.tsv", ["a\tlabel", "x\t1"])
+    write(tmp_path / "own" / "validation.jsonl", ['{"a": "x", "label": 1}'])
+    assert read(tmp_path, "own", "train", task).labels == read(tmp_path, "own", "validation", task).labels == [0]
+
+
 def test_the_hub_path_on_a_local_data_set_of_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

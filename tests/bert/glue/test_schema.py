@@ -128,6 +128,7 @@ def test_the_papers_protocol_is_what_the_original_ran() -> None:
     ("override", "message"),
     [
         ("shuffle=true", "shuffle is True, but the original ran False"),
+        ("tasks.mrpc.task.score=[accuracy]", "tasks.mrpc.task.score is ['accuracy'], but the original ran ['f1']"),
         ("tasks.cola.pooling=first", "tasks.cola.pooling is first, but the original ran mean"),
         ("grid.pooling=[first,mean]", "tasks.mnli.pooling is mean, but the original ran first"),
     ],

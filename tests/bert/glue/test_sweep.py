@@ -353,6 +353,9 @@ def test_the_command_line(recipe: Recipe, tmp_path: Path) -> None:
     found = json.loads(output.read_text())
     assert found["command"] == "python glue.py tiny.yaml output=out.json"
     (job,) = found["tasks"]["stsb"]["points"][0]["jobs"]
+    assert found["date"] == job["date"][:10]
+    assert "stsb, train: 40 rows, but the data set is known to have 5749" in found["warnings"]
+    assert found["warnings"][0] in (tmp_path / "sweep" / "results.md").read_text()
     seconds = job["seconds"]
     assert seconds["total"] - seconds["training"] - seconds["evaluation"] < 20
     assert job["samples_per_second"]["train"] > 0
