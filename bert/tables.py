@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def models(here: Mapping[str, Any]) -> PaperTable:
 
 def glue(results: Path) -> PaperTable:
     """GLUE by task and average, each model in the convention that its published figure is in."""
-    runs = {run["run_name"]: run for run in _glue_runs(results)}
+    runs = _glue_runs(results)
     others = [name for name in runs if name not in published.GLUE_AVERAGE]
     lines = []
     for name in (*published.GLUE_AVERAGE, *others):
@@ -192,11 +192,17 @@ def _measured(run: Mapping[str, Any] | None, value: float | None, factor: float)
     return Ours(factor * value, run["command"], machine, run["date"])
 
 
-def _glue_runs(results: Path) -> Iterator[dict[str, Any]]:
+def _glue_runs(results: Path) -> dict[str, dict[str, Any]]:
+    """The sweeps' results by run_name."""
+    runs: dict[str, dict[str, Any]] = {}
     for path in sorted(results.glob("glue*.json")):
         content = _read(path)
         if isinstance(content, dict) and content.get("kind") == "glue":
-            yield content
+            name = content["run_name"]
+            if name in runs:
+                raise DataError(f"{path}: another file here has the run_name '{name}' too: rename or remove one")
+            runs[name] = content
+    return runs
 
 
 def _speeds(path: Path) -> dict[tuple[str, int], Ours]:

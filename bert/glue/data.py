@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 from filelock import FileLock
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bert.errors import DataError
@@ -33,7 +34,8 @@ EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".tsv.gz", ".csv.gz
 GLUE_HINT = (
     "get GLUE's TSV files from https://gluebenchmark.com/tasks, or take the data from the Hub: data=hub:nyu-mll/glue"
 )
-_CACHE_VERSION = 1  # of the arrays' layout
+_CACHE_VERSION = 2  # of the arrays' layout, and of how rows are read
+_HUB_SECONDS = 10.0  # to wait for an answer about a commit
 _CHUNK = 10_000  # texts tokenised at a time
 _SORTED_BATCHES = 64  # shuffled batches that are sorted by length together, where padding is dynamic
 
@@ -68,7 +70,21 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def locate(name: str, task: Task, split: str, data: str, hub_revision: str | None) -> Place:
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a Hub data set, or its newest state, stands for; `revision` where none says.
+
+    Without it, data that change on the Hub would keep the identity, and the results, of what they were.
+    """
+    if Path(name).is_dir():
+        return revision
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=_HUB_SECONDS).sha
+    except (OSError, ValueError) as error:  # offline, refused, no such name: loading it says so, if it is not cached
+        log.warning("%s%s: its commit is not known, so a change there goes unseen (%s)", HUB, name, error)
+        return revision
+
+
+def locate(name: str, task: Task, split: str, data: str, revisions: Mapping[str, str | None] | None = None) -> Place:
     """Find a split of a task.
 
     Args:
@@ -76,19 +92,20 @@ def locate(name: str, task: Task, split: str, data: str, hub_revision: str | Non
         task: its row in the table.
         split: name of the split.
         data: the sweep's source, where the task has none of its own: "hub:NAME" or a folder.
-        hub_revision: commit or tag of a Hub data set; None: its newest.
+        revisions: commits or tags of Hub data sets by name; None: the newest.
 
     Raises:
         DataError: a local file is missing; the message names those looked for.
     """
     source = task.source or data
     if source.startswith(HUB):
+        hub_name = source.removeprefix(HUB)
         return Place(
             name,
             split,
-            hub_name=source.removeprefix(HUB),
+            hub_name=hub_name,
             hub_config=task.hub_config or name,
-            hub_revision=hub_revision,
+            hub_revision=(revisions or {}).get(hub_name),
         )
     root = Path(source).expanduser()
     if not root.is_dir():
@@ -153,14 +170,21 @@ def read_rows(place: Place, task: Task) -> Rows:
         texts.append(tuple(_text(row, template) for template in task.text))
         if labelled:
             labels.append(_label(row[task.label], task, f"{place}, row {number}"))
+    if torn and place.split in task.test:  # predictions are numbered by row
+        raise DataError(f"{place.task}: {place}: {torn} rows with missing or surplus fields")
     if torn:
         log.warning("%s: %d rows with missing or surplus fields are left out", place, torn)
     if not texts:
         raise DataError(f"{place.task}: {place} has no rows")
-    known = task.rows.get(place.split)
-    if known is not None and known != len(texts):
-        log.warning("%s: %s rows, but the data set is known to have %s: %s", place.task, len(texts), known, place)
+    for warning in count_warnings(task, place.split, len(texts)):
+        log.warning("%s: %s: %s", place.task, warning, place)
     return Rows(texts, labels if labelled else None)
+
+
+def count_warnings(task: Task, split: str, rows: int) -> list[str]:
+    """Say that a split has not the number of rows that it is known to have; nothing where it has, or none is known."""
+    known = task.rows.get(split, rows)
+    return [] if known == rows else [f"{split}: {rows} rows, but the data set is known to have {known}"]
 
 
 def _columns_of(template: str) -> list[str]:
@@ -183,8 +207,8 @@ def _label(value: Any, task: Task, where: str) -> float:
         if not low <= number <= high:
             raise DataError(f"{where}: the label {number} is outside of {low} to {high}")
         return number
-    if isinstance(value, str) and value in task.labels:
-        return task.labels.index(value)
+    if str(value) in task.labels:  # a name before it is an id, whether the file has it as text or as a number
+        return task.labels.index(str(value))
     try:
         index = int(value)
     except (TypeError, ValueError):
@@ -286,7 +310,13 @@ def encode(rows: Rows, task: Task, tokenizer: PreTrainedTokenizerFast, max_lengt
 
 
 def load_split(
-    place: Place, task: Task, tokenizer: PreTrainedTokenizerFast, tokenizer_id: str, max_length: int, cache: Path
+    place: Place,
+    task: Task,
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_id: str,
+    max_length: int,
+    cache: Path,
+    identity: Mapping[str, Any] | None = None,
 ) -> EncodedSplit:
     """Read and tokenise a split, or take it from the cache; jobs that want the same one wait for the first.
 
@@ -297,8 +327,13 @@ def load_split(
         tokenizer_id: its fingerprint.
         max_length: tokens of a row at most.
         cache: folder of tokenised splits.
+        identity: what `place.identity()` was when the result's key was made; None: what it is now.
+
+    Raises:
+        DataError: as `read_rows`, or the content is not what `identity` says.
     """
-    cached = {"version": _CACHE_VERSION, "split": place.identity(), "name": place.split, "tokenizer": tokenizer_id}
+    identity = identity or place.identity()
+    cached = {"version": _CACHE_VERSION, "split": identity, "name": place.split, "tokenizer": tokenizer_id}
     cached |= {"max_length": max_length, "text": task.text, "label": task.label, "labels": task.labels}
     cached |= {"range": task.label_range, "tsv": [task.tsv_columns, task.tsv_headerless, task.tsv_names]}
     key = hashlib.sha256(json.dumps(cached, sort_keys=True).encode()).hexdigest()[:16]
@@ -307,12 +342,16 @@ def load_split(
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             split = encode(read_rows(place, task), task, tokenizer, max_length)
+            if place.identity() != identity:
+                raise DataError(f"{place.task}: {place} has changed since the sweep was started: start it again")
             arrays = {"tokens": split.tokens, "offsets": split.offsets, "second": split.second}
             if split.labels is not None:
                 arrays["labels"] = split.labels
             temporary = path.with_suffix(".tmp")
             with temporary.open("wb") as file:
                 np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
             log.info("%s %s: %d rows tokenised", place.task, place.split, len(split))
     with np.load(path, allow_pickle=False) as stored:

@@ -24,10 +24,10 @@ from composer.utils import create_interval_scheduler, reproducibility
 from filelock import FileLock, Timeout
 
 from bert.data.tokenizer import load_tokenizer
-from bert.errors import RecipeError
-from bert.glue.data import EncodedSplit, Place, in_file_order, load_split, loader, locate
+from bert.errors import CheckpointError, RecipeError
+from bert.glue.data import EncodedSplit, count_warnings, in_file_order, load_split, loader, locate
 from bert.glue.metrics import metric_key
-from bert.glue.model import SequenceClassifier, Start, save_finetuned
+from bert.glue.model import SequenceClassifier, Start, load_finetuned, save_finetuned
 from bert.glue.results import Results
 from bert.glue.schema import Settings
 from bert.glue.tasks import TASKS, Task
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 DONE, CRASHED, REFUSED, DIVERGED, BUSY = 0, 1, 2, 3, 75  # exit codes; BUSY: another process runs this job
 MODEL, TEST = "model", "test"  # what a job leaves on demand, and the names of their files
+FAILURE = "failure.json"  # the reason of a failed attempt
 FILES = {MODEL: "model.pt", TEST: "test.json"}
 
 
@@ -57,8 +58,11 @@ class JobSpec:
     settings: Settings
     start: Start
     start_key: str | None  # the job whose model `start` is; None: the sweep's checkpoint
+    start_identity: Any  # of the sweep's checkpoint, as `Start.identity` gave it when the key was made
     data: str
-    hub_revision: str | None
+    revisions: dict[str, str | None]  # of Hub data sets, by name
+    data_identity: dict[str, Any]  # of each split, as `Place.identity` gave it when the key was made
+    predictions: list[dict[str, Any]]  # what to predict: task, split, file, names, and the identity of its data
     tokenizer_name: str
     tokenizer_id: str
     max_seq_len: int
@@ -112,17 +116,23 @@ def run(spec: JobSpec) -> int:
     logging.getLogger("bert").setLevel(spec.python_log_level.upper())
     results = Results(spec.sweep_folder)
     spec.folder.mkdir(parents=True, exist_ok=True)
-    failure = spec.folder / "failure.json"
+    failure = spec.folder / FAILURE
     try:
         # The operating system takes the lock away from a process that dies, however it dies.
         with FileLock(spec.folder / "lock", timeout=0):
-            if is_done(results.read().get(spec.key), spec):
+            result = results.read().get(spec.key)
+            if is_done(result, spec):
                 return DONE
             for left in (failure, spec.folder / "progress.json"):
                 left.unlink(missing_ok=True)
             try:
                 with use_kernels(spec.kernels):
-                    results.append(train(spec))
+                    if not _is_trained(result, spec):
+                        for name in FILES.values():
+                            (spec.folder / name).unlink(missing_ok=True)
+                        results.append(train(spec))
+                    if TEST in spec.outputs:
+                        predict(spec)
                 return DONE
             except RecipeError as error:
                 code, reason = REFUSED, str(error)
@@ -140,9 +150,19 @@ def run(spec: JobSpec) -> int:
 
 def is_done(result: Mapping[str, Any] | None, spec: JobSpec) -> bool:
     """Say whether a result is there with everything that is wanted of the job."""
-    return result is not None and all(
-        name in result["outputs"] and (spec.folder / FILES[name]).is_file() for name in spec.outputs
-    )
+    return _is_trained(result, spec) and (TEST not in spec.outputs or _is_predicted(spec))
+
+
+def _is_trained(result: Mapping[str, Any] | None, spec: JobSpec) -> bool:
+    return result is not None and (MODEL not in spec.outputs or (spec.folder / FILES[MODEL]).is_file())
+
+
+def _is_predicted(spec: JobSpec) -> bool:
+    try:
+        content = json.loads((spec.folder / FILES[TEST]).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # ValueError: torn by a power cut
+        return False
+    return content["made_from"] == spec.predictions
 
 
 class JobProgress(Callback):
@@ -224,7 +244,7 @@ def _last_metrics(state: State) -> dict[str, Any]:
 
 
 def train(spec: JobSpec) -> dict[str, Any]:
-    """Train, evaluate and predict as a specification says.
+    """Train and evaluate as a specification says, and save the model where that is wanted.
 
     Returns:
         The result, as it is kept in results.jsonl.
@@ -239,9 +259,16 @@ def train(spec: JobSpec) -> dict[str, Any]:
     device = training_device(spec.device)
     reproducibility.seed_all(spec.seed)
     data = _Data(spec)
-    train_split = data.load(spec.task_name, task, task.train)
-    evaluated = {split: data.load(spec.task_name, task, split) for split in task.validation}
+    train_split = data.load(task.train)
+    evaluated = {split: data.load(split) for split in task.validation}
+    if TEST in spec.outputs:  # what is wrong with them is better known before the training
+        for prediction in spec.predictions:
+            data.load_test(prediction)
     model = spec.start.build(task.num_labels, settings.pooling)
+    if spec.start_key is None and spec.start.identity() != spec.start_identity:
+        raise CheckpointError(
+            f"checkpoint: {spec.start.checkpoint} has changed since the sweep was started: start it again"
+        )
     model.metric_names = list(task.metrics)
     progress = JobProgress(spec.folder / "progress.json")
     train_data, _ = data.batches(model, train_split, settings.batch_size, train=True)
@@ -294,8 +321,6 @@ def train(spec: JobSpec) -> dict[str, Any]:
             for name, metric in trainer.state.eval_metrics[split].items()
         }
         _check_finite(metrics, trainer)
-        if TEST in spec.outputs:
-            write_json(spec.folder / FILES[TEST], _predict_test(spec, data, model, trainer))
         if MODEL in spec.outputs:
             temporary = spec.folder / f".{FILES[MODEL]}.tmp"
             save_finetuned(temporary, model, spec.start, {"key": spec.key, "task": spec.task_name, "metrics": metrics})
@@ -315,10 +340,14 @@ def train(spec: JobSpec) -> dict[str, Any]:
         "point": spec.point,
         "score": sum(metrics[name] for name in scored) / len(scored),
         "metrics": metrics,
-        "outputs": spec.outputs,
         "start_key": spec.start_key,
         "steps": steps,
         "train_rows": len(train_split),
+        "warnings": [
+            warning
+            for split, rows in {task.train: train_split, **evaluated}.items()
+            for warning in count_warnings(task, split, len(rows))
+        ],
         "samples_per_second": {
             "train": progress.samples_per_second(),
             "eval": rows / progress.eval_seconds if progress.eval_seconds else None,
@@ -363,10 +392,19 @@ class _Data:
         self.spec = spec
         self.tokenizer = load_tokenizer(spec.tokenizer_name)
 
-    def load(self, name: str, task: Task, split: str) -> EncodedSplit:
+    def load(self, split: str) -> EncodedSplit:
+        """A split to train on or to evaluate."""
+        return self._load(self.spec.task_name, self.spec.task, split, self.spec.data_identity[split])
+
+    def load_test(self, prediction: Mapping[str, Any]) -> EncodedSplit:
+        """The split of one of the specification's predictions."""
+        row = _predicted_task(self.spec, prediction)
+        return self._load(prediction["task"], row, prediction["split"], prediction["data"])
+
+    def _load(self, name: str, task: Task, split: str, identity: Mapping[str, Any]) -> EncodedSplit:
         spec = self.spec
-        place: Place = locate(name, task, split, spec.data, spec.hub_revision)
-        return load_split(place, task, self.tokenizer, spec.tokenizer_id, spec.max_seq_len, Path(spec.cache))
+        place = locate(name, task, split, spec.data, spec.revisions)
+        return load_split(place, task, self.tokenizer, spec.tokenizer_id, spec.max_seq_len, Path(spec.cache), identity)
 
     def batches(self, model: SequenceClassifier, split: EncodedSplit, batch_size: int, *, train: bool = False) -> Any:
         dynamic = model.fixed_length is None and self.spec.padding != "fixed"
@@ -382,32 +420,47 @@ class _Data:
         )
 
 
-def _predict_test(spec: JobSpec, data: _Data, model: SequenceClassifier, trainer: Trainer) -> dict[str, list[Any]]:
-    """Predictions of the test splits, and of the diagnostic task where its data are there, by submission file."""
-    wanted = [(spec.task_name, spec.task, split) for split in spec.task.test]
-    if spec.task.diagnostic is not None:
-        row = TASKS[spec.task.diagnostic]
-        try:
-            locate(spec.task.diagnostic, row, row.test[0], spec.data, spec.hub_revision)
-            wanted.append((spec.task.diagnostic, row, row.test[0]))
-        except RecipeError as error:
-            log.warning("no predictions for %s: %s", spec.task.diagnostic, error)
+def predict(spec: JobSpec) -> None:
+    """Predict the test splits with the job's saved model, and write that down with what it was made from.
+
+    Raises:
+        RecipeError: a split is not what it was when the sweep was started.
+    """
+    torch.set_num_threads(spec.threads)
+    device = training_device(spec.device)
+    data = _Data(spec)
+    model = load_finetuned(spec.folder / FILES[MODEL], spec.start, spec.task.num_labels, spec.settings.pooling)
+    trainer = Trainer(
+        model=model,
+        seed=spec.seed,
+        device=device,
+        precision=precision_on(device, spec.settings.precision),
+        deterministic_mode=spec.deterministic,
+        progress_bar=False,
+        python_log_level="warning" if spec.python_log_level == "info" else spec.python_log_level,
+    )
     predictions = {}
-    for name, task, split in wanted:
-        batches, order = data.batches(model, data.load(name, task, split), spec.settings.eval_batch_size)
-        outputs = trainer.predict(batches, return_outputs=True)
-        values = in_file_order([np.asarray(batch.float().cpu()) for batch in outputs], order)
-        file_name = task.submission.get(split, f"{name}-{split}")
-        predictions[file_name] = [_prediction(row, task) for row in values]
-    return predictions
+    try:
+        for wanted in spec.predictions:
+            batches, order = data.batches(model, data.load_test(wanted), spec.settings.eval_batch_size)
+            outputs = trainer.predict(batches, return_outputs=True)
+            values = in_file_order([np.asarray(batch.float().cpu()) for batch in outputs], order)
+            predictions[wanted["file"]] = [_prediction(row, spec.task, wanted["names"]) for row in values]
+    finally:
+        trainer.close()
+    write_json(spec.folder / FILES[TEST], {"made_from": spec.predictions, "predictions": predictions})
 
 
-def _prediction(outputs: np.ndarray, task: Task) -> Any:
+def _predicted_task(spec: JobSpec, prediction: Mapping[str, Any]) -> Task:
+    return spec.task if prediction["task"] == spec.task_name else TASKS[prediction["task"]]
+
+
+def _prediction(outputs: np.ndarray, task: Task, names: bool) -> Any:
     if task.labels is None:
         low, high = task.label_range or (-math.inf, math.inf)
         return round(min(max(float(outputs[0]), low), high), 3)
     index = int(outputs.argmax())
-    return task.labels[index] if task.submit_names else index
+    return task.labels[index] if names else index
 
 
 def main(argv: Sequence[str]) -> int:

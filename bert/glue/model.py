@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +29,7 @@ from bert.checkpoint import load_original
 from bert.composer_models import bert_fields, instantiate, model_config
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import fingerprint, load_tokenizer
-from bert.errors import CheckpointError, RecipeError, nearest
+from bert.errors import CheckpointError, DataError, RecipeError, nearest
 from bert.glue.data import file_hash
 from bert.glue.metrics import DatasetMetric
 from bert.modeling import M2BertForSequenceClassification
@@ -47,7 +50,11 @@ FREE_FIELDS = {
     "initializer_range",
 }
 NEW_PARTS = ("bert.pooler.", "classifier.")  # of a classifier that starts from a masked language model
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 MLM_HEADS = ("head.", "cls.")
+
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class SequenceClassifier(ComposerModel):
@@ -58,14 +65,12 @@ class SequenceClassifier(ComposerModel):
         self.model = model
         self.num_labels = num_labels
         self.metric_names: list[str] = []
+        taken = inspect.signature(model.forward).parameters
+        self.inputs = [name for name in INPUTS if name in taken]  # not every model knows token types
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the outputs (batch, labels): logits, or the prediction of a regression."""
-        return self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            token_type_ids=batch["token_type_ids"],
-        ).logits
+        return self.model(**{name: batch[name] for name in self.inputs}).logits
 
     def loss(self, outputs: Tensor, batch: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Mean cross entropy in nats, or the mean squared error of a regression; in fp32."""
@@ -299,12 +304,32 @@ class Start:
             assert self.checkpoint is not None
             trained: TrainedModel = load_trained(Path(self.checkpoint).expanduser())
             return name if name and trained.tokenizer(name) else trained.tokenizer_folder()
-        if name is not None:
-            return name
         if kind == "hugging_face":
             assert self.checkpoint is not None
-            return self.checkpoint
+            return self._tokenizer_of_hugging_face(self.checkpoint, name)
+        if name is not None:
+            return name
         raise RecipeError("tokenizer_name: the checkpoint does not bring one; name it, or the vocabulary's file")
+
+    def _tokenizer_of_hugging_face(self, checkpoint: str, name: str | None) -> str:
+        if name is None or name == checkpoint:
+            return checkpoint
+        folder = Path(checkpoint).expanduser()
+        if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            return name
+        try:
+            own = load_tokenizer(str(folder) if folder.is_dir() else checkpoint)
+        except DataError as error:
+            if folder.is_dir():
+                raise
+            log.warning("checkpoint: %s: its own tokenizer is not known, %s is taken for it (%s)", folder, name, error)
+            return name
+        if fingerprint(load_tokenizer(name)) != fingerprint(own):
+            raise DataError(
+                f"tokenizer_name: '{name}' is not the tokenizer of the checkpoint {checkpoint}: set it to null to take "
+                "the checkpoint's own"
+            )
+        return name
 
 
 FINETUNED = "monarch-mixer-bert fine-tuned"
@@ -320,10 +345,18 @@ def save_finetuned(path: Path, model: SequenceClassifier, start: Start, metadata
         section = {"name": name, "config": {key: value for key, value in fields.items() if key != "pool_all"}}
     elif isinstance(config, BertConfig):
         section = {"name": "hf_bert", "config": {name: getattr(config, name) for name in bert_fields()}}
-    torch.save(
-        {"kind": FINETUNED, "model": section, "weights": model.model.state_dict(), "metadata": json.dumps(metadata)},
-        path,
-    )
+    content = {"kind": FINETUNED, "model": section, "weights": model.model.state_dict()}
+    with path.open("wb") as file:
+        torch.save({**content, "metadata": json.dumps(metadata)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_finetuned(path: Path, start: Start, num_labels: int, pooling: str) -> SequenceClassifier:
+    """Load what `save_finetuned` wrote of a model that began as `start`: with its head, to predict with."""
+    model = dataclasses.replace(start, checkpoint=str(path)).build(num_labels, pooling)
+    model.model.load_state_dict(load_checkpoint_file(path)["weights"])
+    return model
 
 
 def load_encoder(model: nn.Module, weights: Mapping[str, Tensor], source: str, new: tuple[str, ...]) -> None:

@@ -52,16 +52,22 @@ def summarise(config: GlueConfig, jobs: Sequence[Job], command: Sequence[str]) -
             "columns": found,
             "missing": [column for column in AVERAGES[convention] if column not in found],
         }
+    results = [job.result for job in jobs if job.result is not None]
+    days = sorted(result["date"][:10] for result in results)
+    made = provenance(command)
+    if days:  # when the figures were made, not when they were last printed
+        made["date"] = " to ".join(dict.fromkeys((days[0], days[-1])))
     return {
         "kind": "glue",
         "run_name": config.run_name,
-        **provenance(command),
+        **made,
         "model": {"name": config.model.name, "config": config.model.config},
         "checkpoint": None if config.checkpoint is None else Path(config.checkpoint).name,
         "protocol": config.protocol,
         "split": "validation",
         "tasks": tasks,
         "averages": averages,
+        "warnings": sorted({f"{result['task']}, {text}" for result in results for text in result["warnings"]}),
         "failed": [
             {"job": job.name, "task": job.plan.name, "seed": job.seed, "state": job.state, "reason": job.reason}
             for job in jobs
@@ -154,6 +160,8 @@ def write(folder: Path, config: GlueConfig, summary: dict[str, Any], jobs: Seque
     tables = [score_table(summary), average_table(summary)]
     if summary["failed"]:
         tables.append(failure_table(summary))
+    if summary["warnings"]:
+        tables.append([["data"], *([text] for text in summary["warnings"])])
     for table in tables:
         print_table(table)
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,23 +192,25 @@ def _csv(summary: Mapping[str, Any]) -> str:
 
 def _write_submission(folder: Path, jobs: Sequence[Job]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    texts: dict[str, str] = {}
     for name in dict.fromkeys(job.plan.name for job in jobs):
         best = best_job([job for job in jobs if job.plan.name == name])
         if best is None or best.spec is None:
             log.warning("submission: %s has no finished job", name)
             continue
-        predictions = json.loads((best.spec.folder / FILES[TEST]).read_text(encoding="utf-8"))
-        for file_name, values in predictions.items():
+        content = json.loads((best.spec.folder / FILES[TEST]).read_text(encoding="utf-8"))
+        for file_name, values in content["predictions"].items():
             lines = [f"{index}\t{value}\n" for index, value in enumerate(values)]
-            _write_text(folder / f"{file_name}.tsv", "index\tprediction\n" + "".join(lines))
-    temporary = folder / ".submission.tmp"
+            texts[f"{file_name}.tsv"] = "index\tprediction\n" + "".join(lines)
+    temporary = folder / f".submission.{os.getpid()}.tmp"
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(folder.glob("*.tsv")):
-            archive.write(path, path.name)
+        for file_name, text in sorted(texts.items()):
+            _write_text(folder / file_name, text)
+            archive.writestr(file_name, text)
     os.replace(temporary, folder / "submission.zip")
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

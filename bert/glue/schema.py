@@ -62,7 +62,7 @@ class GlueConfig(Settings):
 
     run_name: str = MISSING
     variables: dict[str, Any] = field(default_factory=dict)  # free: values for ${variables.x} elsewhere in the YAML
-    protocol: str = "default"  # paper: insist on what the original code ran (see bert.glue.schema.PAPER_POOLING)
+    protocol: str = "default"  # paper: refuse shuffling, pooling and metrics that the original code did not run
 
     # --- what is run
     tasks: dict[str, Any] = field(default_factory=dict)  # name -> settings of its own, {} for none, null: left out
@@ -104,6 +104,7 @@ class TaskPlan:
     task: Task
     seeds: list[int]
     points: list[tuple[dict[str, Any], Settings]]  # what the grid sets, and the settings with it
+    is_start: bool = False  # another task of the recipe starts from this one's model, whether it is run now or not
 
     @property
     def start_from(self) -> str | None:
@@ -152,9 +153,11 @@ def check_config(config: GlueConfig) -> list[TaskPlan]:
     for name in config.only or []:
         if name not in chosen:
             raise RecipeError(f"only: there is no task '{name}' in `tasks`: {nearest(name, chosen)}")
+    resolved = {name: _resolve(config, name, section) for name, section in chosen.items()}
+    starts = {plan.start_from for plan in resolved.values()}
     plans = {
-        name: _resolve(config, name, section)
-        for name, section in chosen.items()
+        name: dataclasses.replace(plan, is_start=name in starts)
+        for name, plan in resolved.items()
         if config.only is None or name in config.only
     }
     if not plans:
@@ -225,6 +228,9 @@ def _row(name: str, section: Any, where: str) -> Task:
         if (metric in FOR_REGRESSION) is not (task.labels is None) or (metric == "f1" and task.num_labels != 2):
             kind = "a regression" if task.labels is None else f"{task.num_labels} classes"
             raise RecipeError(f"{where}.task: the metric '{metric}' does not go with {kind}")
+    # Its ids are read as the task's own, so its labels must be the same.
+    fitting = [other for other, row in TASKS.items() if not row.train and row.labels == task.labels]
+    builders.check_choice(f"{where}.task.diagnostic", task.diagnostic, [None, *fitting])
     for metric in task.score:
         builders.check_choice(f"{where}.task.score", metric, task.metrics)
     return task
@@ -254,6 +260,8 @@ def _check_paper(plans: dict[str, TaskPlan]) -> None:
             for key, value, original in (
                 ("shuffle", settings.shuffle, False),
                 ("pooling", settings.pooling, PAPER_POOLING[name]),
+                ("task.metrics", plan.task.metrics, TASKS[name].metrics),
+                ("task.score", plan.task.score, TASKS[name].score),
             ):
                 if value != original:
                     raise RecipeError(

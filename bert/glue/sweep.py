@@ -25,10 +25,10 @@ from composer.utils import dist
 from rich.console import Console
 from rich.logging import RichHandler
 
-from bert.errors import RecipeError
+from bert.errors import DataError, RecipeError
 from bert.glue import job as jobs
 from bert.glue import report
-from bert.glue.data import locate
+from bert.glue.data import HUB, hub_commit, locate
 from bert.glue.job import JobSpec
 from bert.glue.model import Start, check_fits
 from bert.glue.results import Results
@@ -47,12 +47,19 @@ Fine-tunes on the recipe's tasks, seeds and grid, for example:
   ... 'grid={optimizer.lr: [3e-5, 5e-5], epochs: [3, 10]}' num_slots=8
 
 The same command again does what is missing. Results and tables are in runs/glue/RUN_NAME. --test also predicts the test
-splits and writes the leaderboard's files. The exit code is 0 where every job is done, 1 where one failed, 2 for a
-mistake in the recipe, 130 after Ctrl-C. A task's own section goes before the settings at the top, so change them there:
-tasks.rte.epochs=2. These are the keys:
+splits and writes the leaderboard's files. It keeps each job's model, and so predicts without training again; jobs that
+were done without it have kept none (but those that others start from) and are trained again. The exit code is 0 where
+every job is done, 1 where one failed, 2 for a mistake in the recipe, 130 after Ctrl-C. A task's own section goes before
+the settings at the top, so change them there: tasks.rte.epochs=2. These are the keys:
 """
 
 INTERRUPTED = 130  # exit code
+# What of a task's row and of its settings a job's key follows from, the content of its data aside.
+ROW_KEYS = (
+    *("text", "label", "labels", "label_range", "metrics", "score", "train", "validation"),
+    *("tsv_columns", "tsv_headerless", "tsv_names"),
+)
+NO_NUMBERS = ("loggers", "seeds", "grid", "start_from")
 _POLL_SECONDS = 0.5
 _ELSEWHERE_SECONDS = 2.0  # between two looks at a job that another sweep runs
 _PATIENCE = 10.0  # seconds that a job has to end after SIGTERM
@@ -128,6 +135,7 @@ class Sweep:
             raise RecipeError("start glue.py with python, not with a launcher: it gives each job a device itself")
         self.folder = Path(config.folder.replace("{run_name}", config.run_name))
         self.gpus = _gpus(config.device)
+        self.device = "gpu" if self.gpus else "cpu"  # said to each job, so that none falls back to the CPU by itself
         self.num_slots = config.num_slots or max(1, len(self.gpus))
         self.threads = config.threads or max(1, threads // self.num_slots)
         self.start = Start(
@@ -135,7 +143,8 @@ class Sweep:
         )
         self.tokenizer_name = self.start.tokenizer_name(config.tokenizer_name)
         self.tokenizer_id = self._check_model()
-        self._identities = self._check_data()
+        self.revisions = self._revisions()
+        self._identities, self._predictions = self._check_data()
         self._start_identity = self.start.identity()
         self.results = Results(self.folder)
         self.jobs = [
@@ -155,16 +164,39 @@ class Sweep:
             tokenizer_id = check_fits(model, self.config.max_seq_len, self.config.padding, self.tokenizer_name)
         return tokenizer_id
 
-    def _check_data(self) -> dict[str, Any]:
+    def _revisions(self) -> dict[str, str | None]:
+        sources = {self.config.data, *(plan.task.source or self.config.data for plan in self.plans)}
+        names = sorted(source.removeprefix(HUB) for source in sources if source.startswith(HUB))
+        return {name: hub_commit(name, self.config.hub_revision) for name in names}
+
+    def _check_data(self) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+        """What each task's splits are, and what each task's model is to predict."""
         config, identities = self.config, {}
+        predictions: dict[str, list[dict[str, Any]]] = {}
         for plan in self.plans:
             task = plan.task
             splits = [task.train, *task.validation]
-            places = {name: locate(plan.name, task, name, config.data, config.hub_revision) for name in splits}
+            places = {name: locate(plan.name, task, name, config.data, self.revisions) for name in splits}
             identities[plan.name] = {name: place.identity() for name, place in places.items()}
-            for name in task.test if config.test else ():
-                locate(plan.name, task, name, config.data, config.hub_revision)
-        return identities
+            predictions[plan.name] = []
+            if config.test:
+                predictions[plan.name] += [self._predicted(plan.name, task, split) for split in task.test]
+            if config.test and task.diagnostic is not None:
+                row = TASKS[task.diagnostic]
+                try:
+                    predictions[plan.name] += [self._predicted(task.diagnostic, row, split) for split in row.test]
+                except DataError as error:
+                    log.warning("no predictions for %s: %s", task.diagnostic, error)
+        return identities, predictions
+
+    def _predicted(self, name: str, task: Task, split: str) -> dict[str, Any]:
+        return {
+            "task": name,
+            "split": split,
+            "file": task.submission.get(split, f"{name}-{split}"),
+            "names": task.submit_names,
+            "data": locate(name, task, split, self.config.data, self.revisions).identity(),
+        }
 
     # --- what a job is
 
@@ -181,22 +213,23 @@ class Sweep:
             weights = {"job": start_key}
             begin = dataclasses.replace(begin, checkpoint=str(start.spec.folder / jobs.FILES[jobs.MODEL]))
         task = dataclasses.asdict(plan.task)
-        apart = ("loggers", "seeds", "grid", "start_from")
+        numbers = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NO_NUMBERS}
         identity = {
             "task": plan.name,
-            "row": {key: task[key] for key in ("text", "label", "labels", "label_range", "metrics", "score")},
+            "row": {key: task[key] for key in ROW_KEYS},
             "data": self._identities[plan.name],
             "tokenizer": self.tokenizer_id,
             "max_seq_len": config.max_seq_len,
             "padding": config.padding,
             "start": weights,
-            "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key not in apart},
+            "settings": numbers,
+            "device": self.device,
             "kernels": config.kernels,
             "deterministic": config.deterministic,
             "seed": job.seed,
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        outputs = [jobs.MODEL] if any(other.start_from == plan.name for other in self.plans) else []
+        outputs = [jobs.MODEL] if plan.is_start or config.test else []
         return JobSpec(
             key=key,
             sweep_folder=str(self.folder),
@@ -207,14 +240,17 @@ class Sweep:
             settings=settings,
             start=begin,
             start_key=start_key,
+            start_identity=self._start_identity,
             data=config.data,
-            hub_revision=config.hub_revision,
+            revisions=self.revisions,
+            data_identity=self._identities[plan.name],
+            predictions=self._predictions[plan.name],
             tokenizer_name=self.tokenizer_name,
             tokenizer_id=self.tokenizer_id,
             max_seq_len=config.max_seq_len,
             padding=config.padding,
             cache=config.cache,
-            device=config.device,
+            device=self.device,
             threads=self.threads,
             kernels=config.kernels,
             deterministic=config.deterministic,
@@ -337,7 +373,7 @@ def _reason(spec: JobSpec, code: int | None) -> str:
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
     try:
-        reason = json.loads((spec.folder / "failure.json").read_text(encoding="utf-8"))["reason"]
+        reason = json.loads((spec.folder / jobs.FAILURE).read_text(encoding="utf-8"))["reason"]
     except FileNotFoundError:
         return f"ended with exit code {code}; its log: {spec.folder / 'log.txt'}"
     return str(reason)
@@ -350,6 +386,7 @@ def _job_process(spec: JobSpec, gpu: str | None, parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(parent)
     spec.folder.mkdir(parents=True, exist_ok=True)
+    (spec.folder / jobs.FAILURE).unlink(missing_ok=True)  # an earlier attempt's reason is not this one's
     sys.stdout = sys.stderr = (spec.folder / "log.txt").open("a", encoding="utf-8", buffering=1)
     for stream in (1, 2):
         os.dup2(sys.stdout.fileno(), stream)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bert import published, tables
+from bert.errors import DataError
 from bert.glue.metrics import AVERAGES
 
 HERE = {"command": "python -m bert.tables", "date": "2026-01-01"}
@@ -87,6 +88,9 @@ def test_glue_takes_results_in_the_convention_of_the_published_figure(tmp_path: 
     (partial,) = [own for own in table.lines if own.row.startswith("my-model")]
     assert partial.figure == "CoLA"
     assert "NVIDIA H200, jobs not done, 2026" in partial.cells()[3]
+    (tmp_path / "glue_twice.json").write_text(json.dumps(own))
+    with pytest.raises(DataError, match=r"glue_twice\.json: another file here has the run_name 'my-model' too"):
+        tables.glue(tmp_path)
 
 
 def test_throughput_and_predicted_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -70,6 +71,12 @@ def test_torn_lines_and_other_row_counts_are_said(tmp_path: Path, caplog: pytest
     assert "1 rows, but the data set is known to have 872" in caplog.text
 
 
+def test_a_torn_line_of_a_test_split_would_shift_the_predictions(tmp_path: Path) -> None:
+    write(tmp_path / "SST-2" / "test.tsv", ["index\tsentence", "0\ta", "torn"])
+    with pytest.raises(DataError, match=r"test\.tsv: 1 rows with missing or surplus fields"):
+        read(tmp_path, "sst2", "test")
+
+
 OWN = Task(text=["{title}: {body}"], label="stars", labels=["bad", "good"], metrics=["accuracy"])
 
 
@@ -83,6 +90,13 @@ def test_csv_jsonl_and_parquet_of_ones_own(tmp_path: Path) -> None:
     assert train.labels == [1, 0]
     assert read(tmp_path, "own", "validation", OWN).labels == [1]
     assert read(tmp_path, "own", "test", OWN).texts == [("A: b",)]
+
+
+def test_a_label_that_is_a_name_and_an_id_is_a_name(tmp_path: Path) -> None:
+    task = Task(text=["a"], labels=["1", "0"], metrics=["accuracy"])
+    write(tmp_path / "own" / "train.tsv", ["a\tlabel", "x\t1"])
+    write(tmp_path / "own" / "validation.jsonl", ['{"a": "x", "label": 1}'])
+    assert read(tmp_path, "own", "train", task).labels == read(tmp_path, "own", "validation", task).labels == [0]
 
 
 def test_the_hub_path_on_a_local_data_set_of_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +117,21 @@ def test_the_hub_path_on_a_local_data_set_of_its_format(tmp_path: Path, monkeypa
     assert place.identity() == {"hub": [str(folder), "qqp", None, "validation"]}
     with pytest.raises(DataError, match="cannot be loaded"):
         read_rows(locate("rte", TASKS["rte"], "train", f"hub:{folder}", None), TASKS["rte"])
+
+
+def test_the_commit_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def answer(self: object, name: str, revision: str | None, timeout: float) -> SimpleNamespace:
+        if name == "offline":
+            raise ConnectionError("no network")
+        return SimpleNamespace(sha=f"commit of {name} at {revision}")
+
+    monkeypatch.setattr(data.HfApi, "dataset_info", answer)
+    commit = data.hub_commit("nyu-mll/glue", None)
+    assert commit == "commit of nyu-mll/glue at None"
+    place = locate("qqp", TASKS["qqp"], "validation", "hub:nyu-mll/glue", {"nyu-mll/glue": commit})
+    assert place.identity() == {"hub": ["nyu-mll/glue", "qqp", commit, "validation"]}
+    assert data.hub_commit("offline", "main") == "main"
+    assert "its commit is not known" in caplog.text
 
 
 @pytest.mark.parametrize(

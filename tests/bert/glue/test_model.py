@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForSequenceClassification
 
 from bert.checkpoint import load_original, read_state_dict
 from bert.composer_models import build_masked_lm
@@ -144,6 +144,27 @@ def test_hugging_face_folders(tmp_path: Path) -> None:
     assert_encoder(model, ours.state_dict())
     assert model.model.config.pool_all
     assert model.fixed_length == MAX_LENGTH
+
+
+def test_another_tokenizer_than_that_of_a_hugging_face_folder(tmp_path: Path, vocabulary: Path) -> None:
+    BertForMaskedLM(BertConfig(**TINY_HF)).save_pretrained(tmp_path / "hf")
+    start = Start("hf_bert", {}, str(tmp_path / "hf"))
+    words = vocabulary.read_text().split()
+    other = tmp_path / "vocab.txt"
+    other.write_text("\n".join([*words[:5], *reversed(words[5:])]) + "\n")
+    assert start.tokenizer_name(str(other)) == str(other)  # the folder has none to compare with
+    load_tokenizer(str(vocabulary)).save_pretrained(tmp_path / "hf")
+    assert start.tokenizer_name(str(vocabulary)) == str(vocabulary)
+    assert start.tokenizer_name(None) == str(tmp_path / "hf")
+    with pytest.raises(DataError, match="is not the tokenizer of the checkpoint"):
+        start.tokenizer_name(str(other))
+
+
+def test_a_model_without_token_types() -> None:
+    config = DistilBertConfig(vocab_size=24, dim=8, n_layers=1, n_heads=2, hidden_dim=8, max_position_embeddings=32)
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    batch = {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids}
+    assert SequenceClassifier(DistilBertForSequenceClassification(config), 2).forward(batch).shape == (2, 2)
 
 
 def test_a_hugging_face_folder_without_an_encoder_is_no_random_encoder(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def test_the_papers_protocol_is_what_the_original_ran() -> None:
     ("override", "message"),
     [
         ("shuffle=true", "shuffle is True, but the original ran False"),
+        ("tasks.mrpc.task.score=[accuracy]", "tasks.mrpc.task.score is ['accuracy'], but the original ran ['f1']"),
         ("tasks.cola.pooling=first", "tasks.cola.pooling is first, but the original ran mean"),
         ("grid.pooling=[first,mean]", "tasks.mnli.pooling is mean, but the original ran first"),
     ],
@@ -199,6 +200,8 @@ def test_a_task_of_ones_own_is_a_row_in_the_yaml(recipe: Recipe) -> None:
         ({"tasks": {"cola": {"task": {"metrics": ["pearson"]}}}}, "'pearson' does not go with 2 classes"),
         ({"tasks": {"own": {"task": {"text": ["a"], "metrics": ["f1"]}}}}, "'f1' does not go with a regression"),
         ({"tasks": {"own": {"task": {"text": ["a"], "labels": ["x", "y"]}}}}, "must name at least one of accuracy"),
+        ({"tasks": {"cola": {"task": {"diagnostic": "axx"}}}}, "tasks.cola.task.diagnostic 'axx'"),
+        ({"tasks": {"cola": {"task": {"diagnostic": "ax"}}}}, "tasks.cola.task.diagnostic 'ax'"),  # of other classes
         ({"tasks": {"cola": 3}}, "tasks.cola must be a section"),
         ({"tasks": {"ax": {}}}, "--test predicts it with the model of mnli"),
         ({"tasks": {"rte": {"start_from": "mnli"}}}, "tasks.rte.start_from: this sweep does not run 'mnli'"),

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from bert.composer_models import build_masked_lm
+from bert.errors import RecipeError
 from bert.glue import job as jobs
 from bert.glue import sweep
 from bert.glue.job import JobSpec
@@ -28,7 +31,7 @@ from bert.glue.results import Results
 from bert.glue.schema import load_config
 from bert.glue.view import View
 
-from .conftest import Recipe, write
+from .conftest import MODEL, Recipe, write, write_glue
 
 ROOT = Path(__file__).parents[3]
 
@@ -188,6 +191,56 @@ def test_tasks_start_from_the_best_mnli_model_and_the_leaderboards_files(recipe:
     assert (folder / "submission" / "submission.zip").stat().st_size > 0
 
 
+def test_what_is_done_is_not_done_again_for_the_test_splits(recipe: Recipe, tmp_path: Path) -> None:
+    data = write_glue(tmp_path / "glue")
+    path = recipe(tasks={"mnli": {}, "rte": {"start_from": "mnli"}, "stsb": {}}, seeds=[1], data=str(data))
+    folder, submission = tmp_path / "sweep", tmp_path / "sweep" / "submission"
+
+    def runs(*arguments: str) -> Counter[str]:
+        assert sweep.main([str(path), *arguments]) == 0
+        return Counter(result["task"] for result in lines(folder))
+
+    assert runs("only=[mnli]") == {"mnli": 1}
+    assert runs() == {"mnli": 1, "rte": 1, "stsb": 1}
+    # MNLI's model is there, since RTE starts from it; the other two were not kept.
+    assert runs("--test") == {"mnli": 1, "rte": 2, "stsb": 2}
+    before = {file.name: file.read_bytes() for file in submission.glob("*.tsv")}
+    assert runs("--test") == {"mnli": 1, "rte": 2, "stsb": 2}
+    # Another test split: predicted anew, with the same model.
+    head, *rows = (data / "RTE" / "test.tsv").read_text().splitlines()
+    write(data / "RTE" / "test.tsv", [head, *rows[:7]])
+    assert runs("--test") == {"mnli": 1, "rte": 2, "stsb": 2}
+    after = {file.name: file.read_bytes() for file in submission.glob("*.tsv")}
+    assert {name for name in before if before[name] != after[name]} == {"RTE.tsv"}
+    assert len(after["RTE.tsv"].splitlines()) == 8
+    # Other names: of the class, of the file, which is the only one for RTE in the archive.
+    assert runs("--test", "tasks.rte.task={submit_names: false, submission: {test: X}}")["rte"] == 2
+    assert {row.split("\t")[1] for row in (submission / "X.tsv").read_text().splitlines()[1:]} <= {"0", "1"}
+    with zipfile.ZipFile(submission / "submission.zip") as archive:
+        assert set(archive.namelist()) == {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv", "STS-B.tsv", "X.tsv"}
+
+
+def test_what_is_wrong_with_a_test_split_is_said_before_the_training(recipe: Recipe, tmp_path: Path) -> None:
+    data = write_glue(tmp_path / "glue")
+    write(data / "CoLA" / "test.tsv", ["index\tsentence", "0\tgood cat", "torn"])
+    assert sweep.main([str(recipe(tasks={"cola": {}}, seeds=[1], data=str(data))), "--test"]) == 1
+    (failed,) = summary(tmp_path / "sweep")["failed"]
+    assert "test.tsv: 1 rows with missing or surplus fields" in failed["reason"]
+    assert not (tmp_path / "sweep" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("changed", ["CoLA/train.tsv", "CoLA/dev.tsv", "model/config.json"])
+def test_what_changes_after_the_key_was_made_is_refused(recipe: Recipe, tmp_path: Path, changed: str) -> None:
+    root = write_glue(tmp_path / "glue")
+    build_masked_lm("m2_bert", MODEL, train_mask_rate=0.3, eval_mask_rate=0.15).model.save_pretrained(root / "model")
+    spec = specification(recipe(tasks={"cola": {}}, data=str(root), checkpoint=str(root / "model")))
+    with (root / changed).open("a") as file:
+        file.write("\n" if changed.endswith("json") else "gj04\t1\t\tthe good cat\n")
+    spec.folder.mkdir(parents=True)
+    with pytest.raises(RecipeError, match=f"{Path(changed).parts[0]}.* has changed since the sweep was started"):
+        jobs.train(spec)
+
+
 def test_no_silent_fallback_where_mnli_fails(recipe: Recipe, tmp_path: Path) -> None:
     tasks = {"mnli": {"optimizer": {"lr": 1e30}}, "rte": {"start_from": "mnli"}, "stsb": {}}
     assert sweep.main([str(recipe(tasks=tasks, seeds=[1]))]) == 1
@@ -239,6 +292,14 @@ def test_what_defines_a_job_is_its_key(recipe: Recipe, glue_data: Path, tmp_path
     key = specification(path).key
     for override in ("optimizer.lr=0.5", "epochs=2", "seeds=[9]", "model.config.hidden_size=32", "pooling=mean"):
         assert specification(path, override).key != key, override
+    swapped = "{source: sentence, sentence: source, label: label, judgement: judgement}"
+    for override in (
+        f"tasks.cola.task.tsv_columns={swapped}",
+        "tasks.cola.task.tsv_names=[sentence,label,judgement,source]",
+        "tasks.cola.task.tsv_headerless=[train]",
+        "tasks.cola.task.train=validation",
+    ):
+        assert specification(path, override).key != key, override
     for override in ("num_slots=1", "folder=elsewhere", "loggers={jsonl: {}}", "retries=3", "python_log_level=debug"):
         assert specification(path, override).key == key, override
     copy = tmp_path / "copy" / "CoLA"
@@ -249,6 +310,11 @@ def test_what_defines_a_job_is_its_key(recipe: Recipe, glue_data: Path, tmp_path
     with (copy / "train.tsv").open("a") as file:
         file.write("gj04\t1\t\tthe good cat\n")
     assert specification(path, f"data={copy.parent}", "only=[cola]").key != key
+    plan = sweep.Sweep(load_config(path), threads=1)
+    plan.device = "gpu"
+    plan._release()
+    assert plan.jobs[0].spec is not None
+    assert (plan.jobs[0].spec.device, plan.jobs[0].spec.key != key) == ("gpu", True)
 
 
 def test_a_job_runs_from_its_file(recipe: Recipe, tmp_path: Path) -> None:
@@ -287,6 +353,9 @@ def test_the_command_line(recipe: Recipe, tmp_path: Path) -> None:
     found = json.loads(output.read_text())
     assert found["command"] == "python glue.py tiny.yaml output=out.json"
     (job,) = found["tasks"]["stsb"]["points"][0]["jobs"]
+    assert found["date"] == job["date"][:10]
+    assert "stsb, train: 40 rows, but the data set is known to have 5749" in found["warnings"]
+    assert found["warnings"][0] in (tmp_path / "sweep" / "results.md").read_text()
     seconds = job["seconds"]
     assert seconds["total"] - seconds["training"] - seconds["evaluation"] < 20
     assert job["samples_per_second"]["train"] > 0
