@@ -30,7 +30,9 @@ def gated_long_convolution(
     taps: Taps,
     residual_taps: Taps | None,
 ) -> Tensor:
-    """Do all that the sequence mixer does between its two linear maps; the one entry point, where kernels go.
+    """Do all that the sequence mixer does between its two linear maps, in plain PyTorch or on a CPU.
+
+    Where kernels apply `MonarchSequenceMixer.forward` does it channels first instead, from the projection on.
 
     With (x1, x2, v) the three parts of the short convolution of `projected`:
     `x2 * long_convolution(x1 * v, taps) + long_convolution(residual_input, residual_taps)`.

@@ -219,8 +219,8 @@ def mix_cached(
 ) -> Tensor:
     """Do what `mix` does, without gradients, from the filters' tensors: operands are kept until one of them changes.
 
-    A CUDA graph captured from this keeps the operands it was captured with where none of the filters' tensors requires
-    a gradient, and makes them anew in every replay where one does.
+    With `torch.compile(mode="reduce-overhead")` inductor refuses the kept operands (docs/performance.md). Captured by
+    hand where a filter's tensor requires a gradient, a CUDA graph is meant to make them in every replay: not run yet.
 
     Args:
         projected: as in `mix`.
