@@ -80,7 +80,7 @@ def make_run(
     """Return a function of one forward pass of one sequence."""
     peer = PEERS[name]
     with device:
-        encoder = common.build_encoder(name, length, small=args.small).eval()
+        encoder = common.build_encoder(name, length, small=args.small).eval().requires_grad_(False)
     ids = common.random_ids(device, length, length, encoder.model.config.vocab_size)
     model: Any = encoder if mode == "eager" else torch.compile(encoder, dynamic=False, mode=mode)
 

@@ -274,3 +274,16 @@ def test_synthetic_shards_are_what_the_loader_reads(run: Run, tmp_path: Path) ->
     batches = list(spec.dataloader)
     assert [batch["input_ids"].shape for batch in batches] == [(2, 16)] * 3
     assert all((batch["input_ids"][:, 0] == 101).all() for batch in batches)
+
+
+def test_kernel_accuracy(run: Run) -> None:
+    rows = run("kernel_accuracy", "--lengths", "16")["rows"]
+    assert [(row["part"], row["precision"]) for row in rows] == [
+        (part, precision)
+        for part in ("sequence mixer", "dimension mixer")
+        for precision in ("fp32", "tf32", "bf16", "fp16")
+    ]
+    for row in rows:
+        half = row["precision"] in ("bf16", "fp16")
+        assert 0 < row["gradient"] < (2e-2 if half else 1e-5)
+        assert row["gradient"] == max(row["gradients"].values()) == row["gradients"][row["worst_gradient"]]

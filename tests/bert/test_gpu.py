@@ -87,3 +87,32 @@ def test_long_sequences_run_in_mixed_precision():
     with torch.autocast("cuda", torch.bfloat16):
         loss = model(batch)["loss"]
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("length", [20, 300])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_cuda_graphs_in_evaluation(length, frozen):
+    fields = {**SMALL, "max_position_embeddings": length, "long_conv_l_max": length, "initializer_range": 0.1}
+    model = build_masked_lm("m2_bert", fields, **RATES).model.cuda().eval().requires_grad_(not frozen)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    ids = torch.randint(1, 50, (4, 3, length), device="cuda")
+    graph_of_hand = torch.cuda.CUDAGraph()
+    static = ids[0].clone()
+    with torch.no_grad():
+        for batch in ids:
+            torch.compiler.cudagraph_mark_step_begin()
+            expected = model(batch).logits
+            torch.testing.assert_close(compiled(batch).logits, expected, rtol=1e-4, atol=1e-4)
+        with torch.cuda.graph(graph_of_hand):
+            logits = model(static).logits
+        if not frozen:  # a weight that may be trained may change under a graph
+            for name, parameter in model.named_parameters():
+                if "filter" in name:
+                    parameter.mul_(1.1)
+        expected = model(ids[1]).logits
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(ids[1]).logits, expected, rtol=1e-4, atol=1e-4)
+        static.copy_(ids[1])
+        graph_of_hand.replay()
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

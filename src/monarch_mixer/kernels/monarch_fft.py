@@ -702,7 +702,7 @@ def _tables(block: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     turns = torch.cat([twiddle.cos().flatten(), twiddle.sin().flatten()])
     # Half the memory traffic; with values up to 1 fp16 is eight times finer than the bf16 of the products.
     turns_dtype = torch.float32 if dtype == torch.float32 else torch.float16
-    return matrices.to(device, dtype), turns.to(device, turns_dtype)
+    return support.outside_graphs(lambda: (matrices.to(device, dtype), turns.to(device, turns_dtype)), device)
 
 
 def block_for(length: int, dtype: torch.dtype) -> int:

@@ -5,6 +5,7 @@ A filter reaches the kernels as an *operand*: its taps where sequences are short
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from monarch_mixer.filters import two_sided_taps
 from monarch_mixer.kernels import monarch_fft, toeplitz
 from monarch_mixer.kernels.gates import short_convolution_backward, transpose
+from monarch_mixer.kernels.support import outside_graphs
 
 TOEPLITZ = 0  # in the place of a block
 
@@ -205,8 +207,21 @@ def _arguments(
 
 # --- evaluation: operands are made once, until a weight changes
 
-# First tensor of a filter -> what was made of it, and from what. Weak: a model takes its entries along.
-_operands: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Lengths that alternate (documents of many lengths, by blocks of the transform) each keep their operands.
+MAX_KEPT_OPERANDS = 4
+
+
+class _Kept:
+    """What is kept of one filter: operands of its present weights by length, and those that CUDA graphs read."""
+
+    def __init__(self) -> None:
+        self.weights: object = None
+        self.operands: OrderedDict[object, Tensor] = OrderedDict()
+        self.captured: list[Tensor] = []
+
+
+# By the first tensor of a filter. Weak: a model takes its entries along.
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def mix_cached(
@@ -219,8 +234,9 @@ def mix_cached(
 ) -> Tensor:
     """Do what `mix` does, without gradients, from the filters' tensors: operands are kept until one of them changes.
 
-    With `torch.compile(mode="reduce-overhead")` inductor refuses the kept operands (docs/performance.md). Captured by
-    hand where a filter's tensor requires a gradient, a CUDA graph is meant to make them in every replay: not run yet.
+    In a CUDA graph (`torch.compile(mode="reduce-overhead")`, or one captured by hand after a call outside it) every
+    replay makes the operands anew where a weight requires a gradient; the weights of a model without gradients
+    (`model.requires_grad_(False)`) are constants of the graph, as its operands then are.
 
     Args:
         projected: as in `mix`.
@@ -262,17 +278,39 @@ def _(projected, parameters, gated_tensors, skip, x, residual_tensors, residual_
 
 
 def _cached_operand(tensors: Sequence[Tensor], length: int, dtype: torch.dtype, frequency_scale: float) -> Tensor:
-    def make() -> Tensor:
-        made = operand(two_sided_taps([tensors], length, frequency_scale)[0], dtype)
-        # Without a gradient to carry, a transform is worth no more than the products' own precision.
-        return made if made.ndim == 2 else made.to(dtype)
+    # One operand serves all lengths that take the same blocks: the lags over a sequence's length meet no input.
+    method = method_for(length, dtype)
+    unit = toeplitz.MAX_LENGTH[dtype] if method == TOEPLITZ else method
+    longest = min(-(-length // unit) * unit, tensors[0].shape[0])
 
-    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing() and any(t.requires_grad for t in tensors):
-        return make()
+    def make() -> Tensor:
+        made = operand(two_sided_taps([tensors], longest, frequency_scale)[0], dtype, method)
+        # Without a gradient to carry, a transform is worth no more than the products' own precision.
+        return made if method == TOEPLITZ else made.to(dtype)
+
+    capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing and any(t.requires_grad for t in tensors):
+        return _first_lags(make(), longest, length, method)
+    kept = _kept.setdefault(tensors[0], _Kept())
     # In-place updates raise a tensor's version, replacements change its address.
-    key = (length, dtype, frequency_scale, tuple((t.data_ptr(), t._version) for t in tensors))
-    found = _operands.get(tensors[0])
-    if found is None or found[0] != key:
-        found = (key, make())
-        _operands[tensors[0]] = found
-    return found[1]
+    weights = tuple((t.data_ptr(), t._version) for t in tensors)
+    if kept.weights != weights:
+        kept.weights = weights
+        kept.operands.clear()
+    key = (longest, method, dtype, frequency_scale)
+    if key not in kept.operands:
+        kept.operands[key] = outside_graphs(make, tensors[0].device)
+        if len(kept.operands) > MAX_KEPT_OPERANDS:
+            kept.operands.popitem(last=False)
+    kept.operands.move_to_end(key)
+    found = kept.operands[key]
+    if capturing:
+        kept.captured.append(found)
+    return _first_lags(found, longest, length, method)
+
+
+def _first_lags(made: Tensor, longest: int, length: int, method: int) -> Tensor:
+    """Cut an operand for `longest` positions to what sequences of `length` take."""
+    if method != TOEPLITZ or longest == length:
+        return made
+    return made[:, longest - length : longest + length - 1].contiguous()

@@ -6,12 +6,16 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Ampere, the first with bf16 and asynchronous copies. The kernels are tuned on, and were run on, Hopper (9.0).
@@ -82,6 +86,38 @@ def dot_precision(dtype: torch.dtype) -> str:
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Allocate what a kernel writes; all of it, which tests check by filling it with NaN first."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def outside_graphs(make: Callable[[], _T], device: torch.device) -> _T:
+    """Return what `make` returns, its memory outside the pool of any CUDA graph that is being warmed up or captured.
+
+    What a graph's pool holds is overwritten by replays. Pools take what the capturing thread or its stream allocates:
+    `make` runs without gradients in a thread of its own, on the default stream.
+    """
+    if device.type != "cuda":
+        return make()
+    caller = torch.cuda.current_stream(device)
+    before, after = torch.cuda.Event(), torch.cuda.Event()
+    capturing = torch.cuda.is_current_stream_capturing()
+    if not capturing:
+        before.record(caller)
+
+    def run() -> _T:
+        with torch.cuda.device(device), torch.no_grad():
+            stream = torch.cuda.current_stream(device)
+            if not capturing:
+                stream.wait_event(before)
+            made = make()
+            after.record(stream)
+            if capturing:
+                stream.synchronize()
+            return made
+
+    with ThreadPoolExecutor(1) as executor:
+        made = executor.submit(run).result()
+    if not capturing:
+        caller.wait_event(after)
+    return made
 
 
 def interpreting() -> bool:

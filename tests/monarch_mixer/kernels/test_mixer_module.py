@@ -59,8 +59,38 @@ def test_evaluation_keeps_filters_until_a_weight_changes(device, monkeypatch):
         second = through_kernels(mixer, x)
         assert len(evaluations) == 3 and not torch.equal(second, first)
         assert relative_error(second, through_kernels(mixer, x, cache_filters=False).double()) < 1e-6
-        through_kernels(mixer, x[:, :7])
-        assert len(evaluations) == 5  # another length has other operands
+
+
+@pytest.mark.parametrize(("longest", "lengths"), [(60, [60, 7, 33, 60]), (600, [140, 300, 140, 256, 512, 300])])
+def test_lengths_that_alternate_share_and_keep_their_filters(longest, lengths, device, monkeypatch):
+    from monarch_mixer.kernels import sequence_mixer
+
+    made = []
+
+    def counted(filters, length, scale):
+        made.append(length)
+        return two_sided_taps(filters, length, scale)
+
+    mixer = make(longest, device, residual_convolution=False).eval()
+    with torch.no_grad():
+        for length in lengths:
+            x = torch.randn(1, length, CHANNELS, device=device)
+            expected = through_kernels(mixer, x, cache_filters=False)
+            monkeypatch.setattr(sequence_mixer, "two_sided_taps", counted)
+            assert relative_error(through_kernels(mixer, x), expected.double()) < 1e-6
+            monkeypatch.undo()
+    assert made == ([60] if longest == 60 else [256, 512])
+
+
+def test_only_so_many_filters_are_kept(device, monkeypatch):
+    from monarch_mixer.kernels import sequence_mixer
+
+    monkeypatch.setattr(sequence_mixer, "MAX_KEPT_OPERANDS", 1)
+    mixer = make(300, device, residual_convolution=False).eval()
+    with torch.no_grad():
+        for length in (20, 140, 280):
+            through_kernels(mixer, torch.randn(1, length, CHANNELS, device=device))
+    assert len(sequence_mixer._kept[mixer.filter.position_features].operands) == 1
 
 
 def test_channels_first_input_is_not_copied(device):
