@@ -42,6 +42,7 @@ class M2BertConfig(PretrainedConfig):
         classifier_dropout: float | None = None,  # None: hidden_dropout_prob
         monarch_mixer_sequence_mixing: bool = True,  # False: the attention baseline
         attention_alibi: bool = True,  # attention baseline only: linear distance bias (ALiBi) on the scores
+        mask_padding: bool = False,  # whether the mixer leaves padding out; the published models process it as tokens
         long_conv_l_max: int = 128,  # the longest sequence; the filters' grid is tied to it
         hyena_filter_order: int = 128,  # width of the filters' networks
         hyena_emb_dim: int = 5,  # position features the filters see; odd
@@ -77,6 +78,7 @@ class M2BertConfig(PretrainedConfig):
         self.classifier_dropout = classifier_dropout
         self.monarch_mixer_sequence_mixing = monarch_mixer_sequence_mixing
         self.attention_alibi = attention_alibi
+        self.mask_padding = mask_padding
         self.long_conv_l_max = long_conv_l_max
         self.hyena_filter_order = hyena_filter_order
         self.hyena_emb_dim = hyena_emb_dim
@@ -127,6 +129,11 @@ class M2BertConfig(PretrainedConfig):
         if self.monarch_mixer_sequence_mixing:
             limits.append(self.long_conv_l_max)
         return min(limits, default=None)
+
+    @property
+    def leaves_padding_out(self) -> bool:
+        """Whether outputs at real tokens are the same however much padding follows (see docs/padding.md)."""
+        return self.mask_padding or not self.monarch_mixer_sequence_mixing
 
     def _validate(self) -> None:
         for name in UNSUPPORTED:

@@ -104,19 +104,21 @@ class M2BertLayer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        attention_mask: Tensor | None = None,
+        padding: Tensor | None = None,
         channels_first: bool = False,
         cache_filters: bool = True,
         *taps: Tensor,
     ) -> Tensor:
         """Map (batch, length, hidden) to the same.
 
-        `attention_mask` is for the attention baseline; the others are hints (see `DimensionMixer.forward` and
-        `MonarchSequenceMixer.forward`), which the baseline and the CPU ignore.
+        `padding` is the attention baseline's mask (batch, length) or the Monarch mixer's real lengths (batch,); the
+        others are hints (see `DimensionMixer.forward` and `MonarchSequenceMixer.forward`), which the baseline and the
+        CPU ignore.
         """
         if self.uses_mask:
-            return self.dimension_mixer(self.sequence_mixer(hidden, attention_mask))
-        return self.dimension_mixer(self.sequence_mixer(hidden, taps or None, cache_filters), channels_first)
+            return self.dimension_mixer(self.sequence_mixer(hidden, padding))
+        mixed = self.sequence_mixer(hidden, taps or None, cache_filters, padding)
+        return self.dimension_mixer(mixed, channels_first)
 
 
 class Encoder(nn.Module):
@@ -130,16 +132,16 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
+        self, hidden: Tensor, padding: Tensor | None = None, output_hidden_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Return the last hidden states and, on demand, those before and after each layer."""
+        """Return the last hidden states and, on demand, those before and after each layer; see `M2BertLayer`."""
         all_hidden = [hidden]
         # Layers that something wraps (FSDP) have their weights only while they run, and change them unseen.
         plain = all(type(layer) is M2BertLayer for layer in self.layers)
         taps = self._evaluate_filters(hidden) if plain else None
         for index, layer in enumerate(self.layers):
             channels_first = index + 1 < len(self.layers)  # as the next sequence mixer reads them
-            arguments = (hidden, attention_mask, channels_first, plain, *(taps[index] if taps else ()))
+            arguments = (hidden, padding, channels_first, plain, *(taps[index] if taps else ()))
             if self.gradient_checkpointing and self.training:
                 hidden = self._gradient_checkpointing_func(layer.__call__, *arguments)
             else:
@@ -283,8 +285,9 @@ class M2BertModel(M2BertPreTrainedModel):
 
         Args:
             input_ids: (batch, length) token ids.
-            attention_mask: (batch, length), 0 at padding. The Monarch mixer does not use it: padding is processed like
-                any token, as in the published models, so pad to the length the model was trained at.
+            attention_mask: (batch, length), 0 at padding. With `config.mask_padding` the Monarch mixer leaves out the
+                padding on the right of each row: outputs at real tokens do not depend on it. Without it padding is
+                processed like any token, as in the published models: pad to the length the model was trained at.
             token_type_ids: (batch, length), default 0.
             position_ids: (batch, length) or (length,), default 0, 1, ...
             inputs_embeds: (batch, length, hidden) in place of `input_ids`.
@@ -292,7 +295,8 @@ class M2BertModel(M2BertPreTrainedModel):
             return_dict: whether to return an object (default) or a tuple.
 
         Raises:
-            ValueError: neither or both kinds of input are given, or the input is longer than the model allows.
+            ValueError: neither or both kinds of input are given, the input is longer than the model allows, or the mask
+                is not that of padding on the right, which the Monarch mixer alone minds.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
@@ -303,13 +307,39 @@ class M2BertModel(M2BertPreTrainedModel):
             raise ValueError(f"{length} tokens, but this model was made for at most {limit}")
         hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         wants_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden, all_hidden = self.encoder(hidden, attention_mask, bool(wants_hidden))
+        padding = attention_mask
+        if self.config.monarch_mixer_sequence_mixing:
+            mask = attention_mask if self.config.mask_padding else None
+            padding = None if mask is None else real_lengths(mask)
+        hidden, all_hidden = self.encoder(hidden, padding, bool(wants_hidden))
         if attention_mask is not None and not self.config.monarch_mixer_sequence_mixing:
             # The published attention baseline leaves padding out; its hidden states come back as zeros.
             hidden = hidden * attention_mask[..., None].to(hidden.dtype)
         pooled = None if self.pooler is None else self.pooler(hidden, attention_mask)
         output = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled, hidden_states=all_hidden)
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+def real_lengths(attention_mask: Tensor) -> Tensor | None:
+    """Return how many positions of each row come before the padding at its end, (batch,) in int32.
+
+    On a GPU, where looking would wait for the device, a zero before the last one counts as real. On a CPU it is an
+    error, and a mask without padding gives None.
+
+    Args:
+        attention_mask: (batch, length), of any dtype, 0 at padding.
+
+    Raises:
+        ValueError: padding comes before a real token (on a CPU, outside of compiled code).
+    """
+    real = attention_mask != 0
+    if real.device.type == "cpu" and not torch.compiler.is_compiling():
+        if real.all():
+            return None
+        if (real[:, 1:] & ~real[:, :-1]).any():
+            raise ValueError("mask_padding wants padding on the right of each row: set the tokenizer's padding_side")
+    places = torch.arange(1, real.shape[1] + 1, dtype=torch.int32, device=real.device)
+    return (real * places).amax(1)
 
 
 class M2BertForMaskedLM(M2BertPreTrainedModel):

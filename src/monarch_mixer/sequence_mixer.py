@@ -29,6 +29,7 @@ def gated_long_convolution(
     short_bias: Tensor,
     taps: Taps,
     residual_taps: Taps | None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Do all that the sequence mixer does between its two linear maps, in plain PyTorch or on a CPU.
 
@@ -44,12 +45,19 @@ def gated_long_convolution(
         short_bias: (3 * channels,).
         taps: forward taps, backward taps or None, and skip weights of the gated convolution.
         residual_taps: the same of the ungated one, or None where there is none.
+        lengths: (batch,), the real positions of each sequence; what follows them counts as zeros in both convolutions.
+            The short one is causal, so that it needs no mask. None: there is no padding.
 
     Returns:
         (batch, length, channels) in the dtype of the gated part, or of the wider of both parts.
     """
     gate_before, gate_after, value = short_convolution(projected, short_weight, short_bias).chunk(3, dim=-1)
-    mixed = long_convolution(value * gate_before, *taps) * gate_after
+    gated = value * gate_before
+    if lengths is not None:
+        padding = torch.arange(projected.shape[1], device=lengths.device)[:, None] >= lengths[:, None, None]
+        gated = gated.masked_fill(padding, 0)
+        residual_input = residual_input.masked_fill(padding, 0)
+    mixed = long_convolution(gated, *taps) * gate_after
     if residual_taps is None:
         return mixed
     return mixed + long_convolution(residual_input, *residual_taps)
@@ -127,7 +135,13 @@ class MonarchSequenceMixer(nn.Module):
         """Return the gated convolution's filter and, where there is one, the residual one's."""
         return [self.filter] if self.residual_filter is None else [self.filter, self.residual_filter]
 
-    def forward(self, x: Tensor, taps: Sequence[Tensor] | None = None, cache_filters: bool = True) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        taps: Sequence[Tensor] | None = None,
+        cache_filters: bool = True,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Mix x (batch, length, channels) along its length.
 
         Args:
@@ -136,12 +150,14 @@ class MonarchSequenceMixer(nn.Module):
                 used by the GPU's kernels only.
             cache_filters: whether evaluation may keep the filters' taps until a weight changes; not where weights
                 change unseen, as sharded ones do.
+            lengths: (batch,) int32, the real positions of each sequence; the outputs there, and all gradients of a loss
+                on them, do not see the padding that follows. None: every position is real.
 
         Raises:
             ValueError: the length is over the maximum length.
         """
         if kernels_apply(x, compute_dtype(x)):
-            return self._forward_kernels(x, compute_dtype(x), taps, cache_filters)
+            return self._forward_kernels(x, compute_dtype(x), taps, cache_filters, lengths)
         length = x.shape[1]
         if self.norm is not None:
             x = self.norm(x)
@@ -155,12 +171,18 @@ class MonarchSequenceMixer(nn.Module):
             self.short_bias,
             (*self.filter(length, cache_filters), self.filter.skip),
             residual_taps,
+            lengths,
         )
         # Outside autocast a model held in bf16 wants its own dtype; inside, the projection casts for itself.
         return _project(self.output_projection, y.to(x.dtype))
 
     def _forward_kernels(
-        self, x: Tensor, dtype: torch.dtype, taps: Sequence[Tensor] | None, cache_filters: bool
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        taps: Sequence[Tensor] | None,
+        cache_filters: bool,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Mix with everything between the two projections in kernels, channels first: positions are neighbours."""
         from monarch_mixer.kernels.sequence_mixer import channels_first, mix, mix_cached, operand
@@ -180,12 +202,12 @@ class MonarchSequenceMixer(nn.Module):
             gated, *residual = (
                 (implicit_filter.tensors(), skip) for implicit_filter, skip in zip(self.filters(), skips, strict=True)
             )
-            y = mix_cached(projected, parameters, gated, u, residual[0] if residual else None, scale)
+            y = mix_cached(projected, parameters, gated, u, residual[0] if residual else None, scale, lengths)
         else:
             if taps is None:
                 taps = two_sided_taps([f.tensors() for f in self.filters()], length, scale).unbind()
             operands = [operand(filter_taps, dtype) for filter_taps in taps]
             gated_filter, *residual_filter = zip(operands, skips, strict=True)
-            y = mix(projected, parameters, gated_filter, u, residual_filter[0] if residual_filter else None)
+            y = mix(projected, parameters, gated_filter, u, residual_filter[0] if residual_filter else None, lengths)
         weight, bias = self.output_projection.weight.to(dtype), self.output_projection.bias.to(dtype)
         return F.linear(y.view(channels, -1).t(), weight, bias).view(batch, length, channels)

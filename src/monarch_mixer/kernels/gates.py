@@ -40,7 +40,13 @@ def _delay(x, first):
 
 
 @triton.jit
-def short_convolve(ptr, offset, position, valid, length, parameters, row, MASKED: tl.constexpr):
+def row_ends(lengths_ptr, sequence, batch):
+    """Load the real positions of sequences, in the shape of `sequence`; 0 for those from `batch` on."""
+    return tl.load(lengths_ptr + sequence, mask=sequence < batch, other=0)
+
+
+@triton.jit
+def short_convolve(ptr, offset, position, valid, length, end, parameters, row, MASKED: tl.constexpr):
     """Return the causal three-tap convolution of one of the projected streams.
 
     A thread holds eight neighbours and loads two more, rather than everything three times.
@@ -52,10 +58,12 @@ def short_convolve(ptr, offset, position, valid, length, parameters, row, MASKED
         position: their first positions.
         valid: whether a run belongs to a sequence.
         length: positions of a sequence.
+        end: `length`, or what of it is real, for each sequence, (1, rows, 1) or (runs, 1, 1). Loads go by the length:
+            up to any other position they would be of single elements.
         parameters: (3 * channels, 5), a row for each channel: three taps, the bias of the convolution, and that of the
             linear map before it, which exists at real positions only and so is not added left of the first.
         row: of `parameters`.
-        MASKED: whether positions from `length` on, and what is not valid, are to be zeros; they are finite else.
+        MASKED: whether positions from `end` on, and what is not valid, are to be zeros; they are finite else.
 
     Returns:
         (rows, 8 * runs) in fp32.
@@ -80,7 +88,7 @@ def short_convolve(ptr, offset, position, valid, length, parameters, row, MASKED
     y_odd = now * odd + past1 * even + past2 * past_odd + constant
     y = tl.reshape(tl.join(y_even, y_odd), (runs, rows, 8))
     if MASKED:
-        y = tl.where(inside, y, 0.0)
+        y = tl.where(valid[:, :, None] & (position[:, :, None] + step < end), y, 0.0)
     return tl.reshape(tl.permute(y, (1, 0, 2)), (rows, 8 * runs))
 
 

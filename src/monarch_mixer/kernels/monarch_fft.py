@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from monarch_mixer.kernels import support
-from monarch_mixer.kernels.gates import Gradients, short_convolve
+from monarch_mixer.kernels.gates import Gradients, row_ends, short_convolve
 from monarch_mixer.kernels.products import dot
 from monarch_mixer.kernels.support import dot_precision
 
@@ -255,8 +255,9 @@ def _taps_gradient_kernel(
 
 @triton.jit
 def _stream(
-    projected_ptr, which, channel, channels, offset, position, valid, length, plane, parameters, MASKED: tl.constexpr
-):
+    projected_ptr, which, channel, channels, offset, position, valid, length, end, plane, parameters,
+    MASKED: tl.constexpr,
+):  # fmt: skip
     """Return the short convolution of one of the three projected streams at runs of eight positions."""
     # Added one by one: twice the plane may not fit the integer the plane came in.
     if which >= 1:
@@ -264,7 +265,7 @@ def _stream(
     if which == 2:
         projected_ptr += plane
     return short_convolve(
-        projected_ptr, offset, position, valid, length, parameters, channel + which * channels, MASKED
+        projected_ptr, offset, position, valid, length, end, parameters, channel + which * channels, MASKED
     )
 
 
@@ -288,8 +289,8 @@ def _runs(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.conste
 @triton.jit
 def _forward_kernel(
     projected_ptr, parameters, spectrum_ptr, skip_ptr, input_ptr, residual_spectrum_ptr, residual_skip_ptr,
-    out_ptr, inner_ptr, tables_ptr, twiddle_ptr, channels, batch, length, plane, num_parts,
-    GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
+    out_ptr, inner_ptr, tables_ptr, twiddle_ptr, lengths_ptr, channels, batch, length, plane, num_parts,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -328,12 +329,15 @@ def _forward_kernel(
             run_sequence, run = _runs(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES)
             run_valid = (run_sequence < batch) & (run >= 0)
             run_offset = run_sequence * length + run
+            end = row_ends(lengths_ptr, run_sequence, batch)[:, :, None] if PADDED else length
             z = _stream(
-                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
-            )
+                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, end, plane, parameters,
+                MASKED or PADDED,
+            )  # fmt: skip
             z *= _stream(
-                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
-            )
+                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, end, plane, parameters,
+                MASKED or PADDED,
+            )  # fmt: skip
             real, imag = _to_frequency(
                 z.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
             )
@@ -346,11 +350,14 @@ def _forward_kernel(
             if SAVE_INNER:
                 tl.store(inner_ptr + offset, inner.to(dtype), mask=valid)
             after = _stream(
-                projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
-            )
+                projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
+                MASKED,
+            )  # fmt: skip
             out += inner * after
         if RESIDUAL:
             u = tl.load(input_ptr + offset, mask=valid, other=0.0)
+            if PADDED:
+                u = tl.where(position < row_ends(lengths_ptr, sequence, batch), u, 0.0)
             real, imag = _to_frequency(u, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION)
             if KEEP < 2:
                 r_real, r_imag = _filter_tile(
@@ -366,9 +373,9 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     projected_ptr, parameters, spectrum_ptr, skip_ptr, input_ptr, inner_ptr, grad_ptr,
-    grad_short_ptr, grad_input_ptr, grad_spectrum_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr,
+    grad_short_ptr, grad_input_ptr, grad_spectrum_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr, lengths_ptr,
     channels, batch, length, plane, num_parts,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -410,17 +417,25 @@ def _backward_kernel(
             inner = tl.load(inner_ptr + offset, mask=valid, other=0.0).to(tl.float32)
             tl.store(grad_short_ptr + plane + offset, (grad * inner).to(dtype), mask=valid)
             grad *= _stream(
-                projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
-            )
+                projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
+                MASKED,
+            )  # fmt: skip
+            # Where both are zero, so are their gradients.
+            end = row_ends(lengths_ptr, run_sequence, batch)[:, :, None] if PADDED else length
             before = _stream(
-                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
-            )
+                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, end, plane, parameters,
+                MASKED or PADDED,
+            )  # fmt: skip
             value = _stream(
-                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, plane, parameters, MASKED
-            )
+                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, end, plane, parameters,
+                MASKED or PADDED,
+            )  # fmt: skip
             x = before * value
         else:
             x = tl.load(input_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+            if PADDED:
+                is_real = position < row_ends(lengths_ptr, sequence, batch)
+                x = tl.where(is_real, x, 0.0)
         # From the frequencies, as that of lag 0, this would carry the transforms' rounding, large against a small sum.
         grad_skip += tl.sum(x * grad)
         real, imag = _to_frequency(
@@ -452,6 +467,8 @@ def _backward_kernel(
             tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=valid)
             tl.store(grad_short_ptr + plane + plane + offset, (grad_x * before).to(dtype), mask=valid)
         else:
+            if PADDED:
+                grad_x = tl.where(is_real, grad_x, 0.0)
             tl.store(grad_input_ptr + offset, grad_x.to(dtype), mask=valid)
     tl.store(grad_skip_ptr + channel * num_parts + part, grad_skip)
 
@@ -461,12 +478,13 @@ def _backward_kernel(
 
 @triton.jit
 def _blocks_to_frequency_kernel(
-    projected_ptr, parameters, input_ptr, grad_ptr, out_ptr, tables_ptr, twiddle_ptr,
+    projected_ptr, parameters, input_ptr, grad_ptr, out_ptr, tables_ptr, twiddle_ptr, lengths_ptr,
     channels, batch, length, plane, num_blocks, num_parts,
-    SOURCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SOURCE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transform every block of what SOURCE names: "gate" (first gate * value), "plain" (input or gradient), or
-    "gradient" (gradient * last gate).
+    "gradient" (gradient * last gate). PADDED: of "gate" and "plain", only sequences' real positions.
     """
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -491,19 +509,28 @@ def _blocks_to_frequency_kernel(
         valid = run < length
         start = sequence * length
         offset = start + begin + tile
+        end = tl.load(lengths_ptr + sequence) if PADDED else length
         inside = begin + tile < length
         if SOURCE == "gate":
-            x = _stream(projected_ptr, 0, channel, channels, start + run, run, valid, length, plane, parameters, MASKED)
+            x = _stream(
+                projected_ptr, 0, channel, channels, start + run, run, valid, length, end, plane, parameters,
+                MASKED or PADDED,
+            )  # fmt: skip
             x *= _stream(
-                projected_ptr, 2, channel, channels, start + run, run, valid, length, plane, parameters, MASKED
-            )
+                projected_ptr, 2, channel, channels, start + run, run, valid, length, end, plane, parameters,
+                MASKED or PADDED,
+            )  # fmt: skip
             x = x.to(dtype)
         elif SOURCE == "gradient":
-            x = _stream(projected_ptr, 1, channel, channels, start + run, run, valid, length, plane, parameters, MASKED)
+            x = _stream(
+                projected_ptr, 1, channel, channels, start + run, run, valid, length, length, plane, parameters, MASKED
+            )
             x *= tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             x = x.to(dtype)
         else:
             x = tl.load(input_ptr + offset, mask=inside, other=0.0)
+            if PADDED:
+                x = tl.where(begin + tile < end, x, 0.0)
         real, imag = _to_frequency(x, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION)
         out = out_ptr + ((channel * batch + sequence) * num_blocks * 2 + item % num_blocks * 2) * block + tile
         tl.store(out, real.to(dtype))
@@ -578,8 +605,9 @@ def _blocks_forward_kernel(
             _, run = _runs(0, ROWS, COLUMNS, 1)
             run += index * block
             after = _stream(
-                projected_ptr, 1, channel, channels, start + run, run, run < length, length, plane, parameters, MASKED
-            )
+                projected_ptr, 1, channel, channels, start + run, run, run < length, length, length, plane, parameters,
+                MASKED,
+            )  # fmt: skip
             out += inner * after
         if RESIDUAL:
             real, imag = _combine(
@@ -595,9 +623,10 @@ def _blocks_forward_kernel(
 @triton.jit
 def _blocks_backward_kernel(
     projected_ptr, parameters, blocks_ptr, spectrum_ptr, skip_ptr, input_ptr, inner_ptr, grad_ptr,
-    grad_short_ptr, grad_input_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr,
+    grad_short_ptr, grad_input_ptr, grad_skip_ptr, tables_ptr, twiddle_ptr, lengths_ptr,
     channels, batch, length, plane, num_blocks, num_parts,
-    GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -635,20 +664,29 @@ def _blocks_backward_kernel(
             run += index * block
             valid = run < length
             grad *= _stream(
-                projected_ptr, 1, channel, channels, start + run, run, valid, length, plane, parameters, MASKED
+                projected_ptr, 1, channel, channels, start + run, run, valid, length, length, plane, parameters, MASKED
             )
+            # Where both are zero, so are their gradients.
+            end = tl.load(lengths_ptr + sequence) if PADDED else length
             before = _stream(
-                projected_ptr, 0, channel, channels, start + run, run, valid, length, plane, parameters, MASKED
-            )
+                projected_ptr, 0, channel, channels, start + run, run, valid, length, end, plane, parameters,
+                MASKED or PADDED,
+            )  # fmt: skip
             value = _stream(
-                projected_ptr, 2, channel, channels, start + run, run, valid, length, plane, parameters, MASKED
-            )
+                projected_ptr, 2, channel, channels, start + run, run, valid, length, end, plane, parameters,
+                MASKED or PADDED,
+            )  # fmt: skip
             tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=inside)
             tl.store(grad_short_ptr + plane + plane + offset, (grad_x * before).to(dtype), mask=inside)
             x = before * value
         else:
+            if PADDED:
+                is_real = index * block + tile < tl.load(lengths_ptr + sequence)
+                grad_x = tl.where(is_real, grad_x, 0.0)
             tl.store(grad_input_ptr + offset, grad_x.to(dtype), mask=inside)
             x = tl.load(input_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            if PADDED:
+                x = tl.where(is_real, x, 0.0)
         grad_skip += tl.sum(x * grad)
     tl.store(grad_skip_ptr + channel * num_parts + part, grad_skip)
 
@@ -765,6 +803,7 @@ def forward(
     gated: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     residual: tuple[Tensor, Tensor, Tensor] | None,
     save_inner: bool,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the mixed sequences and the inner convolution; as `toeplitz.forward`, with transforms in place of taps."""
     projected, parameters, filter_spectrum, skip = gated or (None,) * 4
@@ -787,15 +826,15 @@ def forward(
         num_parts = max(1, min(triton.cdiv(batch, sequences), PROGRAMS["forward"] // channels))
         _forward_kernel[(channels, num_parts)](
             projected, parameters, filter_spectrum, skip, x, residual_spectrum, residual_skip, out, inner,
-            tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
-            **switches, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=SHAPES[block].keep,
-            MASKED=length % block != 0, PRECISION=precision,
-            num_warps=SHAPES[block].warps, num_stages=1,
+            tables, twiddle, lengths, channels, batch, length, channels * batch * length, num_parts,
+            **switches, PADDED=lengths is not None,
+            ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=SHAPES[block].keep,
+            MASKED=length % block != 0, PRECISION=precision, num_warps=SHAPES[block].warps, num_stages=1,
         )  # fmt: skip
         return out, inner
     num_parts = _block_parts(channels, batch * num_blocks)
-    blocks = _blocks_to_frequency("gate", gated, None, num_blocks, either) if gated else None
-    residual_blocks = _blocks_to_frequency("plain", None, x, num_blocks, either) if residual else None
+    blocks = _blocks_to_frequency("gate", gated, None, num_blocks, either, lengths) if gated else None
+    residual_blocks = _blocks_to_frequency("plain", None, x, num_blocks, either, lengths) if residual else None
     _blocks_forward_kernel[(channels, num_parts)](
         projected, parameters, blocks, filter_spectrum, skip, residual_blocks, residual_spectrum, residual_skip,
         out, inner, tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
@@ -811,8 +850,9 @@ def _blocks_to_frequency(
     x: Tensor | None,
     num_blocks: int,
     like_spectrum: Tensor,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """Transform every block; `x` is the input ("plain") or the gradient ("plain", "gradient")."""
+    """Transform every block; `x` is the input ("plain") or the gradient ("plain", "gradient": without `lengths`)."""
     projected, parameters = gated[:2] if gated else (None, None)
     like = x if x is not None else projected
     assert like is not None
@@ -824,9 +864,9 @@ def _blocks_to_frequency(
     num_parts = _block_parts(channels, batch * num_blocks)
     out = support.empty(channels, batch, num_blocks, 2, rows, columns, dtype=like.dtype, device=like.device)
     _blocks_to_frequency_kernel[(channels, num_parts)](
-        projected, parameters, x, x, out, tables, twiddle, channels, batch, length,
+        projected, parameters, x, x, out, tables, twiddle, lengths, channels, batch, length,
         channels * batch * length, num_blocks, num_parts,
-        SOURCE=source, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0,
+        SOURCE=source, PADDED=lengths is not None, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0,
         PRECISION=dot_precision(like.dtype), num_warps=SHAPES[block].warps, num_stages=1,
     )  # fmt: skip
     return out
@@ -837,15 +877,18 @@ def backward(
     gated: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     residual: tuple[Tensor, Tensor, Tensor] | None,
     inner: Tensor | None,
+    lengths: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients; as `toeplitz.backward`, with transforms in place of taps."""
     gradients = Gradients()
     if residual is not None:
         x, spectrum_, skip = residual
-        of_x, of_spectrum, of_skip = _convolution_backward(grad, spectrum_, skip, x=x)
+        of_x, of_spectrum, of_skip = _convolution_backward(grad, spectrum_, skip, lengths, x=x)
         gradients = gradients._replace(x=of_x, residual_operand=of_spectrum, residual_skip=of_skip)
     if gated is not None:
-        of_short, of_spectrum, of_skip = _convolution_backward(grad, gated[2], gated[3], gated=gated, inner=inner)
+        of_short, of_spectrum, of_skip = _convolution_backward(
+            grad, gated[2], gated[3], lengths, gated=gated, inner=inner
+        )
         gradients = gradients._replace(short=of_short, operand=of_spectrum, skip=of_skip)
     return gradients
 
@@ -854,6 +897,7 @@ def _convolution_backward(
     grad: Tensor,
     filter_spectrum: Tensor,
     skip: Tensor,
+    lengths: Tensor | None,
     x: Tensor | None = None,
     gated: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     inner: Tensor | None = None,
@@ -875,20 +919,22 @@ def _convolution_backward(
         grad_skip = support.empty(channels, num_parts, dtype=torch.float32, device=grad.device)
         _backward_kernel[(channels, num_parts)](
             projected, parameters, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_spectrum,
-            grad_skip, tables, twiddle, channels, batch, length, channels * batch * length, num_parts,
-            GATED=gated is not None, ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=SHAPES[block].keep,
+            grad_skip, tables, twiddle, lengths, channels, batch, length, channels * batch * length, num_parts,
+            GATED=gated is not None, PADDED=lengths is not None,
+            ROWS=rows, COLUMNS=columns, SEQUENCES=sequences, KEEP=SHAPES[block].keep,
             MASKED=length % block != 0, PRECISION=precision,
-        num_warps=SHAPES[block].warps, num_stages=1,
+            num_warps=SHAPES[block].warps, num_stages=1,
         )  # fmt: skip
         return out, grad_spectrum.sum(1), grad_skip.sum(1)
     num_parts = _block_parts(channels, batch * num_blocks)
-    blocks = _blocks_to_frequency("gate" if gated else "plain", gated, x, num_blocks, filter_spectrum)
+    blocks = _blocks_to_frequency("gate" if gated else "plain", gated, x, num_blocks, filter_spectrum, lengths)
     grad_blocks = _blocks_to_frequency("gradient" if gated else "plain", gated, grad, num_blocks, filter_spectrum)
     grad_skip = support.empty(channels, num_parts, dtype=torch.float32, device=grad.device)
     _blocks_backward_kernel[(channels, num_parts)](
         projected, parameters, grad_blocks, filter_spectrum, skip, x, inner, grad, grad_short, grad_input, grad_skip,
-        tables, twiddle, channels, batch, length, channels * batch * length, num_blocks, num_parts,
-        GATED=gated is not None, ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision,
+        tables, twiddle, lengths, channels, batch, length, channels * batch * length, num_blocks, num_parts,
+        GATED=gated is not None, PADDED=lengths is not None,
+        ROWS=rows, COLUMNS=columns, MASKED=length % block != 0, PRECISION=precision,
         num_warps=SHAPES[block].warps, num_stages=1,
     )  # fmt: skip
     grad_spectrum = support.empty(channels, num_distances, 2, rows, columns, dtype=torch.float32, device=grad.device)

@@ -101,6 +101,7 @@ def mix(
     gated_filter: tuple[Tensor, Tensor] | None,
     x: Tensor | None,
     residual_filter: tuple[Tensor, Tensor] | None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Return `after * convolution(before * value) + residual convolution(x)`, (channels, batch, length); see below.
 
@@ -111,11 +112,13 @@ def mix(
         gated_filter: operand (see `operand`) and skip weights (channels,) in fp32.
         x: (channels, batch, length) in the dtype of `projected`; None for no residual part.
         residual_filter: as `gated_filter`.
+        lengths: (batch,) int32, the real positions of each sequence. What follows them is padding: `before * value` and
+            `x` count as zeros there, so that outputs at real positions do not see it. None: there is no padding.
     """
     gated = (projected, parameters, *gated_filter) if gated_filter is not None else (None,) * 4
     residual = (x, *residual_filter) if residual_filter is not None else (None,) * 3
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*gated, *residual))
-    return _mix(*gated, *residual, needs_grad)[0]
+    return _mix(*gated, *residual, lengths, needs_grad)[0]
 
 
 @torch.library.custom_op("monarch_mixer::mix", mutates_args=())
@@ -127,17 +130,18 @@ def _mix(
     x: Tensor | None,
     residual_operand: Tensor | None,
     residual_skip: Tensor | None,
+    lengths: Tensor | None,
     save_inner: bool,
 ) -> tuple[Tensor, Tensor]:
     gated, residual, kernels = _arguments(
         projected, parameters, gated_operand, skip, x, residual_operand, residual_skip
     )
-    out, inner = kernels.forward(gated, residual, save_inner)
+    out, inner = kernels.forward(gated, residual, save_inner, lengths)
     return out, out.new_empty(0) if inner is None else inner
 
 
 @_mix.register_fake
-def _(projected, parameters, gated_operand, skip, x, residual_operand, residual_skip, save_inner):
+def _(projected, parameters, gated_operand, skip, x, residual_operand, residual_skip, lengths, save_inner):
     like = projected if x is None else x
     channels = (residual_operand if gated_operand is None else gated_operand).shape[0]
     out = like.new_empty(channels, *like.shape[1:])
@@ -155,11 +159,12 @@ def _mix_backward(
     x: Tensor | None,
     residual_operand: Tensor | None,
     residual_skip: Tensor | None,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gated, residual, kernels = _arguments(
         projected, parameters, gated_operand, skip, x, residual_operand, residual_skip
     )
-    got = kernels.backward(grad.contiguous(), gated, residual, inner)
+    got = kernels.backward(grad.contiguous(), gated, residual, inner, lengths)
     of_gated: tuple[Tensor | None, ...] = (None,) * 4
     if gated is not None:
         of_gated = (*short_convolution_backward(got.short, gated[0], gated[1]), got.operand, got.skip)
@@ -169,7 +174,7 @@ def _mix_backward(
 
 @_mix_backward.register_fake
 def _(grad, inner, *inputs):
-    return tuple(grad.new_empty(0) if t is None else torch.empty_like(t) for t in inputs)
+    return tuple(grad.new_empty(0) if t is None else torch.empty_like(t) for t in inputs[:-1])  # none of the lengths
 
 
 def _save_mix(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -178,9 +183,9 @@ def _save_mix(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward_of_mix(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    inner, *inputs = ctx.saved_tensors
-    grads = _mix_backward(grad, inner, *inputs)
-    return (*(None if t is None else g for t, g in zip(inputs, grads, strict=True)), None)
+    inner, *inputs, lengths = ctx.saved_tensors
+    grads = _mix_backward(grad, inner, *inputs, lengths)
+    return (*(None if t is None else g for t, g in zip(inputs, grads, strict=True)), None, None)
 
 
 _mix.register_autograd(_backward_of_mix, setup_context=_save_mix)
@@ -231,6 +236,7 @@ def mix_cached(
     x: Tensor,
     residual_filter: tuple[Sequence[Tensor], Tensor] | None,
     frequency_scale: float,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Do what `mix` does, without gradients, from the filters' tensors: operands are kept until one of them changes.
 
@@ -245,10 +251,12 @@ def mix_cached(
         gated_filter: the tensors (see `monarch_mixer.filters.two_sided_taps`) and the skip weights.
         residual_filter: the same, or None.
         frequency_scale: of the filters.
+        lengths: as in `mix`.
     """
     tensors, residual_skip = residual_filter if residual_filter is not None else ([], None)
+    gated_tensors, skip = gated_filter
     return _mix_cached(
-        projected, parameters, list(gated_filter[0]), gated_filter[1], x, list(tensors), residual_skip, frequency_scale
+        projected, parameters, list(gated_tensors), skip, x, list(tensors), residual_skip, frequency_scale, lengths
     )
 
 
@@ -262,6 +270,7 @@ def _mix_cached(
     residual_tensors: Sequence[Tensor],
     residual_skip: Tensor | None,
     frequency_scale: float,
+    lengths: Tensor | None,
 ) -> Tensor:
     def kept(tensors: Sequence[Tensor]) -> Tensor:
         return _cached_operand(tensors, x.shape[2], x.dtype, frequency_scale)
@@ -269,11 +278,11 @@ def _mix_cached(
     gated = (projected.contiguous(), parameters, kept(gated_tensors), skip)
     residual = None if residual_skip is None else (x.contiguous(), kept(residual_tensors), residual_skip)
     kernels = toeplitz if gated[2].ndim == 2 else monarch_fft
-    return kernels.forward(gated, residual, save_inner=False)[0]
+    return kernels.forward(gated, residual, save_inner=False, lengths=lengths)[0]
 
 
 @_mix_cached.register_fake
-def _(projected, parameters, gated_tensors, skip, x, residual_tensors, residual_skip, frequency_scale):
+def _(projected, parameters, gated_tensors, skip, x, residual_tensors, residual_skip, frequency_scale, lengths):
     return torch.empty_like(x)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from monarch_mixer.kernels import support
-from monarch_mixer.kernels.gates import Gradients, short_convolve
+from monarch_mixer.kernels.gates import Gradients, row_ends, short_convolve
 from monarch_mixer.kernels.products import dot
 from monarch_mixer.kernels.support import dot_precision
 
@@ -44,8 +44,8 @@ def _toeplitz_tile(
 @triton.jit
 def _forward_kernel(
     projected_ptr, parameters, taps_ptr, skip_ptr, input_ptr, residual_taps_ptr, residual_skip_ptr, out_ptr, inner_ptr,
-    channels, batch, length, plane, num_parts,
-    GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr,
+    lengths_ptr, channels, batch, length, plane, num_parts,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, SAVE_INNER: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0).to(tl.int64)
@@ -78,20 +78,26 @@ def _forward_kernel(
             in_batch = (run_sequence < batch) & (run >= 0)
             run_place = run_sequence * length + run
             run_position = run + run_row * 0
-            z = short_convolve(projected_ptr, run_place, run_position, in_batch, length, parameters, channel, False)
+            end = row_ends(lengths_ptr, run_sequence, batch)[:, :, None] if PADDED else length
+            z = short_convolve(
+                projected_ptr, run_place, run_position, in_batch, length, end, parameters, channel, PADDED
+            )
             z *= short_convolve(
-                projected_ptr + plane + plane, run_place, run_position, in_batch, length, parameters,
-                channel + 2 * channels, False,
+                projected_ptr + plane + plane, run_place, run_position, in_batch, length, end, parameters,
+                channel + 2 * channels, PADDED,
             )  # fmt: skip
             inner = dot(z.to(dtype), matrix, None, PRECISION)
             if SAVE_INNER:
                 tl.store(inner_ptr + offset + position, inner.to(dtype), mask=valid)
             after = short_convolve(
-                projected_ptr + plane, run_place, run_position, in_batch, length, parameters, channel + channels, False
-            )
+                projected_ptr + plane, run_place, run_position, in_batch, length, length, parameters,
+                channel + channels, False,
+            )  # fmt: skip
             out += inner * after
         if RESIDUAL:
             u = tl.load(input_ptr + offset + position, mask=valid, other=0.0)
+            if PADDED:
+                u = tl.where(position < row_ends(lengths_ptr, sequence, batch), u, 0.0)
             out = dot(u, residual_matrix, out, PRECISION)
         tl.store(out_ptr + offset + position, out.to(dtype), mask=valid)
 
@@ -100,8 +106,8 @@ def _forward_kernel(
 def _backward_kernel(
     projected_ptr, parameters, taps_ptr, skip_ptr, input_ptr, residual_taps_ptr, residual_skip_ptr, inner_ptr, grad_ptr,
     grad_short_ptr, grad_input_ptr, products_ptr, residual_products_ptr,
-    channels, batch, length, plane, num_parts,
-    GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    lengths_ptr, channels, batch, length, plane, num_parts,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the gates and of the inputs, and sum over the batch of input[s] * gradient[t], (BLOCK, BLOCK)."""
@@ -136,8 +142,13 @@ def _backward_kernel(
         grad = tl.load(grad_ptr + here, mask=valid, other=0.0)
         if RESIDUAL:
             u = tl.load(input_ptr + here, mask=valid, other=0.0)
+            if PADDED:
+                real = position < row_ends(lengths_ptr, sequence, batch)
+                u = tl.where(real, u, 0.0)
             residual_products = dot(tl.trans(u), grad, residual_products, PRECISION)
             grad_input = dot(grad, residual_matrix, None, PRECISION)
+            if PADDED:
+                grad_input = tl.where(real, grad_input, 0.0)
             tl.store(grad_input_ptr + here, grad_input.to(dtype), mask=valid)
         if GATED:
             run_sequence = block * ROWS + run_row
@@ -148,15 +159,18 @@ def _backward_kernel(
             grad_after = grad.to(tl.float32) * inner
             tl.store(grad_short_ptr + plane + here, grad_after.to(dtype), mask=valid)
             after = short_convolve(
-                projected_ptr + plane, run_place, run_position, in_batch, length, parameters, channel + channels, False
-            )
+                projected_ptr + plane, run_place, run_position, in_batch, length, length, parameters,
+                channel + channels, False,
+            )  # fmt: skip
             grad_inner = (grad.to(tl.float32) * after).to(dtype)
+            # Where both are zero, so are their gradients.
+            end = row_ends(lengths_ptr, run_sequence, batch)[:, :, None] if PADDED else length
             before = short_convolve(
-                projected_ptr, run_place, run_position, in_batch, length, parameters, channel, False
+                projected_ptr, run_place, run_position, in_batch, length, end, parameters, channel, PADDED
             )
             value = short_convolve(
-                projected_ptr + plane + plane, run_place, run_position, in_batch, length, parameters,
-                channel + 2 * channels, False,
+                projected_ptr + plane + plane, run_place, run_position, in_batch, length, end, parameters,
+                channel + 2 * channels, PADDED,
             )  # fmt: skip
             z = (before * value).to(dtype)
             products = dot(tl.trans(z), grad_inner, products, PRECISION)
@@ -202,6 +216,7 @@ def forward(
     gated: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     residual: tuple[Tensor, Tensor, Tensor] | None,
     save_inner: bool,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the mixed sequences (channels, batch, length) and, on demand, the gated convolution before its last gate.
 
@@ -210,6 +225,8 @@ def forward(
             length - 1) from the most negative lag up, skip (channels,); None for the residual convolution alone.
         residual: input (channels, batch, length), taps and skip; None for none.
         save_inner: whether the second result is wanted, for the backward pass.
+        lengths: (batch,) int32, the real positions of each sequence: what follows them enters neither convolution.
+            None: all of them.
     """
     projected, parameters, taps, skip = gated or (None,) * 4
     x, residual_taps, residual_skip = residual or (None,) * 3
@@ -225,8 +242,9 @@ def forward(
     num_parts = _num_parts(channels, triton.cdiv(batch, rows))
     _forward_kernel[(channels, num_parts)](
         projected, parameters, taps, skip, x, residual_taps, residual_skip, out, inner,
-        channels, batch, length, channels * batch * length, num_parts,
+        lengths, channels, batch, length, channels * batch * length, num_parts,
         GATED=gated is not None, RESIDUAL=residual is not None, SAVE_INNER=inner is not None,
+        PADDED=lengths is not None,
         ROWS=rows, BLOCK=_block(length), PRECISION=dot_precision(like.dtype), num_warps=WARPS["forward"], num_stages=1,
         maxnreg=REGISTERS["forward"],
     )  # fmt: skip
@@ -238,6 +256,7 @@ def backward(
     gated: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     residual: tuple[Tensor, Tensor, Tensor] | None,
     inner: Tensor | None,
+    lengths: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients, those of operands being the taps'.
 
@@ -259,8 +278,8 @@ def backward(
         _backward_kernel[(channels, num_parts)](
             projected, parameters, taps, skip, x, residual_taps, residual_skip, inner, grad,
             *((out, None, products, None) if gated else (None, out, None, products)),
-            channels, batch, length, channels * batch * length, num_parts,
-            GATED=gated is not None, RESIDUAL=residual is not None,
+            lengths, channels, batch, length, channels * batch * length, num_parts,
+            GATED=gated is not None, RESIDUAL=residual is not None, PADDED=lengths is not None,
             ROWS=rows, BLOCK=block, PRECISION=dot_precision(grad.dtype), num_warps=WARPS["backward"], num_stages=1,
             maxnreg=REGISTERS["backward"],
         )  # fmt: skip

@@ -13,8 +13,13 @@ from monarch_mixer.long_convolution import fft_convolution
 from tests.monarch_mixer.kernels.support import DTYPES, TOLERANCES, relative_error
 
 
-def equations(convolution, projected, parameters, taps, skip, x, residual_taps, residual_skip):
+def equations(convolution, projected, parameters, taps, skip, x, residual_taps, residual_skip, lengths=None):
     """What `mix` computes, by a long convolution with the interface of `reference.long_convolution`."""
+
+    def real(tensor):
+        if lengths is None:
+            return tensor
+        return tensor * (torch.arange(tensor.shape[2], device=lengths.device) < lengths[:, None])
 
     def last(tensor):
         return tensor.permute(1, 2, 0)
@@ -30,9 +35,9 @@ def equations(convolution, projected, parameters, taps, skip, x, residual_taps, 
         biased = projected + parameters[:, 4, None, None]
         short = reference.short_convolution(last(biased), parameters[:, None, :3], parameters[:, 3]).permute(2, 0, 1)
         before, after, value = short.chunk(3)
-        out = after * convolve(before * value, taps, skip)
+        out = after * convolve(real(before * value), taps, skip)
     if x is not None:
-        out = out + convolve(x, residual_taps, residual_skip)
+        out = out + convolve(real(x), residual_taps, residual_skip)
     return out
 
 
@@ -53,15 +58,15 @@ def make_inputs(channels, batch, length, dtype, device, gated=True, residual=Tru
     return [None if t is None else t.requires_grad_() for t in tensors]
 
 
-def check(inputs, dtype, method=None, convolution=reference.long_convolution):
+def check(inputs, dtype, method=None, convolution=reference.long_convolution, lengths=None):
     from monarch_mixer.kernels.sequence_mixer import mix, operand
 
     projected, parameters, taps, skip, x, residual_taps, residual_skip = inputs
     gated = None if projected is None else (operand(taps, dtype, method), skip)
     residual = None if x is None else (operand(residual_taps, dtype, method), residual_skip)
-    out = mix(projected, parameters, gated, x, residual)
+    out = mix(projected, parameters, gated, x, residual, lengths)
     exact = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-    expected = equations(convolution, *exact)
+    expected = equations(convolution, *exact, lengths)
     assert out.dtype == dtype and out.shape == expected.shape
     assert relative_error(out, expected) < TOLERANCES[dtype]
     grad = torch.randn(expected.shape, device="cpu" if len(expected) < 16 else out.device).to(out)
@@ -103,6 +108,58 @@ def test_forms(device, length, method, form):
     check(make_inputs(2, 3, length, torch.float32, device, **form), torch.float32, method=method)
 
 
+def draw_lengths(batch, length, device):
+    """Real lengths of sequences: some, all, and (from the third on) none of one and any of the others."""
+    drawn = torch.randint(1, length, (batch,), dtype=torch.int32)
+    drawn[1:3] = torch.tensor([length, 0])[: batch - 1]
+    return drawn.to(device)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "method", "batch"),
+    [
+        (torch.float32, 37, None, 4),
+        (torch.bfloat16, 100, None, 4),
+        (torch.float32, 150, None, 2),
+        (torch.bfloat16, 131, None, 2),
+        (torch.float32, 300, 256, 1),
+    ],
+)
+def test_padding_enters_no_convolution(device, dtype, length, method, batch):
+    """Outputs and gradients everywhere, those at padding included, are those of the masked equations."""
+    inputs = make_inputs(2 if batch > 1 else 1, batch, length, dtype, device)
+    check(inputs, dtype, method, lengths=draw_lengths(batch, length, device))
+
+
+@pytest.mark.parametrize(("form", "length"), [({"residual": False}, 37), ({"gated": False}, 150)])
+def test_padding_enters_neither_convolution_alone(device, length, form):
+    inputs = make_inputs(2, 2, length, torch.float32, device, **form)
+    check(inputs, torch.float32, lengths=draw_lengths(2, length, device))
+
+
+@pytest.mark.parametrize(("dtype", "length"), [(torch.bfloat16, 37), (torch.float32, 131)])
+def test_what_padding_holds_changes_no_bit(device, dtype, length):
+    """With a loss on real positions; other padding, and other sequences of the batch, leave every bit as it is."""
+    from monarch_mixer.kernels.sequence_mixer import mix, operand
+
+    lengths = draw_lengths(3, length, device)
+    real = torch.arange(length, device=device) < lengths[:, None]
+    inputs = make_inputs(1, 3, length, dtype, device)
+    grad = torch.randn(1, 3, length, device="cpu").to(device, dtype) * real
+
+    def run(given):
+        projected, parameters, taps, skip, x, residual_taps, residual_skip = given
+        gated, residual = (operand(taps, dtype), skip), (operand(residual_taps, dtype), residual_skip)
+        out = mix(projected, parameters, gated, x, residual, lengths)
+        return [out.detach() * real, *torch.autograd.grad(out, given, grad)]
+
+    expected = run(inputs)
+    poisoned = [torch.where(real, t, 30).to(t.dtype) if t.ndim == 3 else t for t in inputs]
+    for value, reference_value in zip(run(poisoned), expected, strict=True):
+        assert torch.equal(value, reference_value)
+    assert not (expected[1] * ~real).any() and not (expected[5] * ~real).any()
+
+
 @pytest.mark.parametrize("channels", [32, 48, 96, 768, 960, 1536, 1792])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.gpu
@@ -112,3 +169,6 @@ def test_model_widths_at_random_lengths(channels, dtype):
     for length in [generator.randint(1, 128), generator.choice([131, 509, 1021, 2039, 4093]), 4097]:
         batch = generator.randint(1, 7) if length < 3000 else 1
         check(make_inputs(channels, batch, length, dtype, "cuda"), dtype, convolution=fft_convolution)
+        lengths = torch.randint(1, length + 1, (batch,), dtype=torch.int32, device="cuda")
+        inputs = make_inputs(channels, batch, length, dtype, "cuda")
+        check(inputs, dtype, convolution=fft_convolution, lengths=lengths)
