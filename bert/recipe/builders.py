@@ -20,7 +20,7 @@ from composer.utils.parallelism import FSDP2Config, FSDPConfig, TPConfig
 from bert.errors import RecipeError, nearest
 from bert.recipe.callbacks import LossCurve, NaNGuard
 from bert.recipe.loggers import JsonlLogger
-from bert.recipe.optim import WarmupStableDecayScheduler, check_groups, parameter_groups
+from bert.recipe.optim import DecoupledAdamW, WarmupStableDecayScheduler, check_groups, parameter_groups
 from bert.recipe.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ REGISTRY: dict[str, dict[str, Entry]] = {
     "model": {name: _masked_lm(name) for name in MODEL_NAMES},
     "classifier": {name: _classifier(name) for name in MODEL_NAMES},  # fine-tuning's `model` section
     "optimizer": {
-        "decoupled_adamw": Entry(optim.DecoupledAdamW),
+        "decoupled_adamw": Entry(DecoupledAdamW),
         "decoupled_sgdw": Entry(optim.DecoupledSGDW),
         "adamw": Entry(torch.optim.AdamW),
         "adam": Entry(torch.optim.Adam),
