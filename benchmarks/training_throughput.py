@@ -142,18 +142,29 @@ def run_recipe(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     command = ["-m", "composer.cli", "-n", "1", str(common.REPOSITORY / "main.py"), str(recipe_path(args))]
     changes = [f"data_local={folder / 'data'}", *overrides(args)]
     seconds = run([*command, *changes], folder, "recipe.log")
-    text = (folder / "runs" / args.model / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [line for line in map(json.loads, text.splitlines()) if line["event"] == "train"]
+    metrics = read_metrics(folder / "runs" / args.model / "metrics.jsonl", args.batch, args.warm_up)
+    return {**metrics, "shards_s": shards_s, "process_s": seconds}
+
+
+def read_metrics(path: Path, batch: int, warm_up: int) -> dict[str, Any]:
+    """Read what a run logged of its batches of `batch` samples; the first `warm_up` do not count.
+
+    Returns:
+        "batch_s" and "loader_wait_s" of each counted batch, "loss" of every batch, "peak_gb" of rank 0 (None on a
+        CPU), and "composer_mfu" of the last batch.
+    """
+    lines = [
+        line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if line["event"] == "train"
+    ]
     # The speed monitor's first figure is of the second batch: the first has no time before it.
-    batch_s = [args.batch * LENGTH / line["throughput/tokens_per_sec"] for line in lines[max(1, args.warm_up) :]]
+    counted = lines[max(1, warm_up) :]
     peaks = [line[key] for line in lines for key in ("memory/peak_allocated_mem",) if key in line]
     return {
-        "batch_s": batch_s,
+        "batch_s": [batch * LENGTH / line["throughput/tokens_per_sec"] for line in counted],
+        "loader_wait_s": [line["time/loader_wait"] for line in counted],  # of paper.yaml's loader_monitor
         "peak_gb": max(peaks, default=None),
-        "shards_s": shards_s,
         "composer_mfu": lines[-1].get("throughput/device/mfu"),
         "loss": [line["loss/train/total"] for line in lines],
-        "process_s": seconds,
     }
 
 
@@ -203,15 +214,22 @@ def time_steps(
     return [common.once(step, device) for _ in range(args.steps)], first, peak
 
 
-def report(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
-    """Add what follows from the times; print and write all."""
+def training_flops(args: argparse.Namespace) -> float:
+    """Return the operations of a training step, per token."""
     config = load_config(recipe_path(args), overrides(args))
     with torch.device("meta"):
-        flops = 3 * forward_flops_per_token(builders.build_model(config), LENGTH)
+        return 3 * forward_flops_per_token(builders.build_model(config), LENGTH)
+
+
+def peak_flops() -> float | None:
+    """Return the vendor's dense bf16 peak of this machine's GPU, in operations a second; None where it is not known."""
     name = device_name().lower()
-    peak_rate = next(
-        (GPU_AVAILABLE_FLOPS[f"{card}-sxm"]["amp_bf16"] for card in ("h100", "h200") if card in name), None
-    )
+    return next((GPU_AVAILABLE_FLOPS[f"{card}-sxm"]["amp_bf16"] for card in ("h100", "h200") if card in name), None)
+
+
+def report(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
+    """Add what follows from the times; print and write all."""
+    flops, peak_rate = training_flops(args), peak_flops()
     tokens = args.batch * LENGTH
     print(f"{'':<8} {'tokens/s':>10} {'least':>10} {'most':>10} {'MFU':>6} {'peak GB':>8} {'process s':>9}")
     for part, row in rows.items():

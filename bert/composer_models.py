@@ -25,6 +25,13 @@ VOCABULARY_MULTIPLE = 8
 Network = TypeVar("Network", bound=nn.Module)
 
 
+def gather_scalars(value: Tensor, group: Any = None) -> list[Tensor]:
+    """Return the scalar of each rank; unlike torchmetrics' own, without a barrier, for which the host would wait."""
+    gathered = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(gathered, value, group=group)
+    return gathered
+
+
 class MaskedCrossEntropy(Metric):
     """Mean cross entropy over all masked tokens, in nats."""
 
@@ -33,7 +40,7 @@ class MaskedCrossEntropy(Metric):
     num_masked: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(dist_sync_fn=gather_scalars, **kwargs)
         self.add_state("cross_entropy_sum", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_masked", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -63,7 +70,7 @@ class MaskedAccuracy(Metric):
     num_masked: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(dist_sync_fn=gather_scalars, **kwargs)
         self.add_state("num_correct", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("num_masked", torch.tensor(0), dist_reduce_fx="sum")
 

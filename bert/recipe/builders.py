@@ -18,9 +18,9 @@ from composer.optim import ComposerScheduler
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, TPConfig
 
 from bert.errors import RecipeError, nearest
-from bert.recipe.callbacks import LossCurve, NaNGuard
+from bert.recipe.callbacks import LoaderMonitor, LossCurve, NaNGuard
 from bert.recipe.loggers import JsonlLogger
-from bert.recipe.optim import WarmupStableDecayScheduler, check_groups, parameter_groups
+from bert.recipe.optim import DecoupledAdamW, WarmupStableDecayScheduler, check_groups, parameter_groups
 from bert.recipe.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bert.glue.model import SequenceClassifier
 
 DEVICES = (None, "cpu", "gpu", "mps")
+GRADIENT_REDUCTIONS = ("fp32", "bf16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -66,7 +67,7 @@ REGISTRY: dict[str, dict[str, Entry]] = {
     "model": {name: _masked_lm(name) for name in MODEL_NAMES},
     "classifier": {name: _classifier(name) for name in MODEL_NAMES},  # fine-tuning's `model` section
     "optimizer": {
-        "decoupled_adamw": Entry(optim.DecoupledAdamW),
+        "decoupled_adamw": Entry(DecoupledAdamW),
         "decoupled_sgdw": Entry(optim.DecoupledSGDW),
         "adamw": Entry(torch.optim.AdamW),
         "adam": Entry(torch.optim.Adam),
@@ -90,6 +91,7 @@ REGISTRY: dict[str, dict[str, Entry]] = {
     "callbacks": {
         "activation_monitor": Entry(callbacks.ActivationMonitor),
         "early_stopper": Entry(callbacks.EarlyStopper),
+        "loader_monitor": Entry(LoaderMonitor),
         "loss_curve": Entry(LossCurve),
         "lr_monitor": Entry(callbacks.LRMonitor),
         "memory_monitor": Entry(callbacks.MemoryMonitor),
@@ -226,6 +228,7 @@ def check_config(config: TrainConfig) -> None:
         check_time(key, getattr(config, key))
     check_choice("device", config.device, DEVICES)
     check_choice("python_log_level", config.python_log_level, LOG_LEVELS)
+    check_choice("gradient_reduction", config.gradient_reduction, GRADIENT_REDUCTIONS)
     if isinstance(config.device_train_microbatch_size, str):
         check_choice("device_train_microbatch_size", config.device_train_microbatch_size, ["auto"])
     positive = ("max_seq_len", "global_train_batch_size", "global_eval_batch_size", "device_train_microbatch_size")
@@ -243,6 +246,11 @@ def check_config(config: TrainConfig) -> None:
     if config.autoresume and config.save_folder is None:
         raise RecipeError("autoresume=true needs a save_folder: it goes on from the latest checkpoint in it")
     _check_parallelism(config.parallelism_config)
+    if config.parallelism_config and config.gradient_reduction != "fp32":
+        raise RecipeError(
+            f"gradient_reduction={config.gradient_reduction} is for data parallelism; sharded models have their own, "
+            "parallelism_config.fsdp.mixed_precision"
+        )
 
 
 def active(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,25 @@ def _divergence_message(state: State, what: str) -> str:
         f"training stopped at batch {state.timestamp.batch.value}: {what}; {back}. "
         "A lower learning rate, a longer warm-up or gradient clipping may help; other data follow with another seed"
     )
+
+
+class LoaderMonitor(Callback):
+    """Log the seconds that each training batch was waited for, until the last rank had its own: "time/loader_wait".
+
+    Where they are more than a few percent of a batch's time, the loader is too slow: give it more workers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start = 0.0
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """Look at the clock when a batch is asked for."""
+        self._start = time.perf_counter()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Log how long it took to come."""
+        logger.log_metrics({"time/loader_wait": time.perf_counter() - self._start})
 
 
 class LossCurve(Callback):

@@ -1,13 +1,14 @@
-"""Parameter groups by name, and the learning-rate schedule that Composer lacks."""
+"""Parameter groups by name, and what Composer lacks: a fused optimizer, a learning-rate schedule."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import composer.optim
 import torch
 from composer.core import State, Time, TimeUnit
 from composer.optim import ComposerScheduler
@@ -89,6 +90,50 @@ def _checked_group(group: Mapping[str, Any], index: int) -> dict[str, Any]:
     except (re.error, TypeError) as error:
         raise RecipeError(f"{where}.pattern: {group['pattern']!r} is not a regular expression: {error}") from error
     return {**group, "pattern": pattern}
+
+
+class DecoupledAdamW(composer.optim.DecoupledAdamW):
+    """Composer's DecoupledAdamW in PyTorch's fused kernels; arguments and checkpoints are the same.
+
+    Composer 0.32 updates one parameter after the other and asks the device for the step count of each, so that every
+    step waits for the device once for each of M2-BERT-base's 550 tensors. Its decay, weight_decay * lr / (first lr), is
+    that of PyTorch's AdamW with weight_decay / (first lr). Where the first lr is 0, nothing decays.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-5,
+        amsgrad: bool = False,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
+        for group in self.param_groups:
+            group["fused"] = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a state, also one that Composer's own DecoupledAdamW saved."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["fused"] = True
+            for parameter in group["params"]:
+                if "step" in (own := self.state.get(parameter, {})):
+                    own["step"] = own["step"].to(parameter.device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step; returns what `closure` returns, None without one."""
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            first = group.setdefault("initial_lr", group["lr"])
+            group["weight_decay"] = group["weight_decay"] / first if first else 0.0
+        try:
+            return torch.optim.AdamW.step(self, closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
 
 
 class WarmupStableDecayScheduler(ComposerScheduler):

@@ -87,6 +87,9 @@ class TrainConfig:
     compile: Any = False  # true, or arguments of torch.compile
     kernels: bool = True  # Triton kernels where the GPU supports them; false: plain PyTorch, to compare
     parallelism_config: dict[str, Any] | None = None  # Composer's: {fsdp: {...}}; null: data parallel
+    # Data parallel on several devices: see docs/scaling.md.
+    gradient_reduction: str = "fp32"  # fp32, or bf16: half the bytes, gradients rounded to 8 bits before they are added
+    overlap_reduction: bool = False  # with compile: cut the graph, so that reduction starts within the backward pass
     deterministic: bool = False  # deterministic kernels only: slower
     dist_timeout: float = 600.0  # seconds until a collective that hangs is an error
 

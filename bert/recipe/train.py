@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -29,6 +30,7 @@ from bert.errors import DataError, RecipeError
 from bert.provenance import versions
 from bert.recipe import builders
 from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, TrainingDivergedError, finite_save_interval
+from bert.recipe.data_parallel import compiled_graphs, set_gradient_reduction
 from bert.recipe.resume import check_checkpoint, run_folder, starting_point
 from bert.recipe.schema import RECIPE_FOLDER, TrainConfig, load_config, to_yaml
 from bert.safe_loading import safe_loading
@@ -147,9 +149,11 @@ def _train(config: TrainConfig) -> TrainResult:
             **_trainer_arguments(config, device, device_batch),
         )
     try:
+        set_gradient_reduction(trainer.state.model, config.gradient_reduction)
         elapsed = trainer.state.get_elapsed_duration()
         if elapsed is None or elapsed.value < 1.0:
-            trainer.fit()
+            with compiled_graphs(cut=config.overlap_reduction) if config.compile else contextlib.nullcontext():
+                trainer.fit()
         else:
             log.info("nothing to do: the checkpoint already is at max_duration %s", config.max_duration)
         result = _result(trainer, entropy, folder)

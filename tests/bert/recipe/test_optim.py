@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from types import SimpleNamespace
 from typing import cast
@@ -12,6 +13,7 @@ from composer.core import State, Time, Timestamp, TimeUnit
 from composer.optim import DecoupledAdamW, LinearWithWarmupScheduler
 
 from bert.errors import RecipeError
+from bert.recipe import optim
 from bert.recipe.optim import WarmupStableDecayScheduler, parameter_groups
 
 
@@ -131,3 +133,41 @@ def test_warmup_stable_decay_in_other_units_and_shapes() -> None:
 def test_the_papers_schedule(sample: int, expected: float) -> None:
     schedule = LinearWithWarmupScheduler(t_warmup="0.06dur", alpha_f=0.02)
     assert schedule(state(sample, "286720000sp", TimeUnit.SAMPLE)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_fused_optimizer_is_composers(amsgrad: bool) -> None:
+    settings = {"lr": 0.02, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 5e-4, "amsgrad": amsgrad}
+    torch.manual_seed(0)
+    ours, theirs = Toy(), Toy()
+    theirs.load_state_dict(ours.state_dict())
+    groups = [{"pattern": "filter", "lr": 0.01, "weight_decay": 0.0}]
+    made = [
+        cls(parameter_groups(model.named_parameters(), groups), **settings)
+        for cls, model in ((optim.DecoupledAdamW, ours), (DecoupledAdamW, theirs))
+    ]
+
+    def train(models: list[Toy], optimizers: list[torch.optim.Optimizer], steps: range) -> None:
+        for step in steps:
+            ids = torch.randint(0, 6, (8,), generator=torch.Generator().manual_seed(step))
+            for model, optimizer in zip(models, optimizers, strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * (1 - step / 20)
+                hidden = model.norm(model.filter_reverse(model.filter_network(model.embedding(ids))))
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model.decoder(hidden), ids).backward()
+                optimizer.step()
+
+    def check() -> None:
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert [group["weight_decay"] for group in made[0].param_groups] == [5e-4, 0.0]
+
+    train([ours, theirs], made, range(8))
+    check()
+    # Each goes on from the other's checkpoint.
+    states = [optimizer.state_dict() for optimizer in made]
+    for optimizer, state in zip(made, reversed(states), strict=True):
+        optimizer.load_state_dict(copy.deepcopy(state))
+    train([ours, theirs], made, range(8, 16))
+    check()
