@@ -21,7 +21,7 @@ def fill_masks(
 ) -> list[Prediction]:
     """Predict the words that stand at each mask of a text.
 
-    The text is padded to the length that the model was trained at, which is what its mixers know.
+    A model whose mixers see padding gets the text padded to the length that it was trained at, which is what they know.
 
     Args:
         model: a masked language model in evaluation mode.
@@ -34,7 +34,8 @@ def fill_masks(
     """
     config = model.model.config
     limit = getattr(config, "max_sequence_length", None) or config.max_position_embeddings
-    encoded = tokenizer(text, padding="max_length", max_length=limit, return_tensors="pt")
+    padding = "do_not_pad" if getattr(config, "leaves_padding_out", True) else "max_length"
+    encoded = tokenizer(text, padding=padding, max_length=limit, return_tensors="pt")
     ids = encoded["input_ids"]
     if ids.shape[1] > limit:
         raise DataError(f"the text has {ids.shape[1]} tokens, the model takes {limit}")

@@ -37,6 +37,7 @@ GLUE_HINT = (
 _CACHE_VERSION = 2  # of the arrays' layout, and of how rows are read
 _HUB_SECONDS = 10.0  # to wait for an answer about a commit
 _CHUNK = 10_000  # texts tokenised at a time
+_WIDTH_MULTIPLE = 16  # batches are as wide as such a number where they may be: kernels then load several tokens at once
 _SORTED_BATCHES = 64  # shuffled batches that are sorted by length together, where padding is dynamic
 
 
@@ -364,11 +365,13 @@ class _Batches(Dataset):
 
     def __init__(self, split: EncodedSplit, pad_id: int, fixed_length: int | None) -> None:
         self.split, self.pad_id, self.fixed_length = split, pad_id, fixed_length
+        self.longest = split.lengths.max()
 
     def __getitem__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         split = self.split
         lengths = split.offsets[np.asarray(rows) + 1] - split.offsets[rows]
-        width = int(self.fixed_length or lengths.max())
+        dynamic = min(-(-lengths.max() // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, self.longest)
+        width = int(self.fixed_length or dynamic)
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         for target, row, length in zip(ids, rows, lengths, strict=True):
             target[:length] = split.tokens[split.offsets[row] :][:length]
@@ -434,7 +437,7 @@ def loader(
         split: the tokenised rows.
         batch_size: rows a batch; the last may have fewer.
         pad_id: id of the padding token.
-        fixed_length: tokens that every row is padded to; None: those of the batch's longest.
+        fixed_length: tokens that every row is padded to; None: those of the batch's longest, rounded up a little.
         shuffle: a new order each epoch, by `seed`.
         sort: where padding is dynamic, put rows of like length together.
         seed: of the order.

@@ -46,6 +46,7 @@ FREE_FIELDS = {
     "attention_probs_dropout_prob",
     "classifier_dropout",
     "pool_all",
+    "mask_padding",
     "initialization",
     "initializer_range",
 }
@@ -94,10 +95,11 @@ class SequenceClassifier(ComposerModel):
     def fixed_length(self) -> int | None:
         """Tokens that every text must be padded to; None for a model that leaves padding out.
 
-        The Monarch mixer processes padding like any token, so that it knows texts only at the length it was trained at.
+        Without `mask_padding` the Monarch mixer processes padding like any token, so that it knows texts only at the
+        length it was trained at.
         """
         config = self.model.config
-        if isinstance(config, M2BertConfig) and config.monarch_mixer_sequence_mixing:
+        if isinstance(config, M2BertConfig) and not config.leaves_padding_out:
             return config.max_sequence_length
         return None
 
@@ -399,11 +401,12 @@ def check_fits(model: SequenceClassifier, max_seq_len: int, padding: str, tokeni
     if fixed is not None and fixed != max_seq_len:
         raise RecipeError(
             f"max_seq_len is {max_seq_len}, but this M2-BERT was made for {fixed}: its mixer takes padding for text, "
-            f"so texts must be padded to that length; set max_seq_len={fixed}"
+            f"so texts must be padded to that length; set max_seq_len={fixed} (or model.config.mask_padding=true)"
         )
     if fixed is not None and padding == "dynamic":
         raise RecipeError(
-            "padding: dynamic changes the results of an M2-BERT, whose mixer sees padding; set it to auto"
+            "padding: dynamic changes the results of an M2-BERT whose mixer sees padding; set it to auto, or "
+            "model.config.mask_padding to true"
         )
     if limit is not None and limit < max_seq_len:
         raise RecipeError(f"max_seq_len is {max_seq_len}, but the model takes {limit} tokens at most")

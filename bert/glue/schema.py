@@ -74,7 +74,7 @@ class GlueConfig(Settings):
     hub_revision: str | None = None  # commit or tag of a Hub data set
     tokenizer_name: str | None = "bert-base-uncased"  # null: the checkpoint's own
     max_seq_len: int = 128  # longer texts are cut
-    padding: str = "auto"  # fixed: to max_seq_len; dynamic: to a batch's longest; auto: fixed for M2, else dynamic
+    padding: str = "auto"  # fixed: to max_seq_len; dynamic: to a batch's longest; auto: dynamic but for M2 unmasked
     cache: str = "data/glue-cache"  # folder of tokenised splits, shared by jobs and sweeps
 
     # --- starting point

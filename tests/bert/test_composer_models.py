@@ -11,7 +11,7 @@ from tests.bert.test_modeling import SMALL
 
 RATES = {"train_mask_rate": 0.3, "eval_mask_rate": 0.15}
 FIELDS = {
-    "m2_bert": SMALL,
+    "m2_bert": {**SMALL, "mask_padding": True},
     "attention_bert": SMALL,
     "hf_bert": {k: SMALL[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
     | {"vocab_size": 50, "hidden_dropout_prob": 0.0},

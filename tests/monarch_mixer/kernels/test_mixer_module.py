@@ -20,8 +20,8 @@ def make(length, device, **form):
     return mixer
 
 
-def through_kernels(mixer, x, taps=None, cache_filters=True):
-    return mixer._forward_kernels(x, x.dtype, taps, cache_filters)
+def through_kernels(mixer, x, taps=None, cache_filters=True, lengths=None):
+    return mixer._forward_kernels(x, x.dtype, taps, cache_filters, lengths)
 
 
 @pytest.mark.parametrize(("form", "length"), [*((form, 20) for form in FORMS), ({"layer_norm": True}, 150)])
@@ -38,6 +38,32 @@ def test_outputs_and_gradients(form, length, device):
     wanted = torch.autograd.grad(expected, [exact_x, *exact.parameters()], grad)
     for gradient, reference in zip(got, wanted, strict=True):
         assert relative_error(gradient.cpu(), reference) < 1e-5
+
+
+def test_padding_is_left_out_as_in_the_plain_way(device):
+    """In training, and in evaluation with kept filters; each sequence is as if it were alone."""
+    mixer = make(20, device, layer_norm=True)
+    lengths = torch.tensor([11, 20], dtype=torch.int32, device=device)
+    x = torch.randn(2, 20, CHANNELS, device=device, requires_grad=True)
+    real = (torch.arange(20, device=device) < lengths[:, None])[..., None]
+    out = through_kernels(mixer, x, lengths=lengths)
+    exact = copy.deepcopy(mixer).double().cpu()
+    exact_x = x.detach().double().cpu().requires_grad_()
+    expected = exact(exact_x, lengths=lengths.cpu())
+    alone = exact(exact_x[:1, :11])
+    assert relative_error(expected[:1, :11], alone) < 1e-12
+    assert relative_error(out.cpu(), expected) < 1e-5
+    grad = torch.randn(x.shape, device="cpu").to(device) * real
+    got = torch.autograd.grad(out, [x, *mixer.parameters()], grad)
+    wanted = torch.autograd.grad(expected, [exact_x, *exact.parameters()], grad.double().cpu())
+    for gradient, reference in zip(got, wanted, strict=True):
+        assert relative_error(gradient.cpu(), reference) < 1e-5
+    assert not (got[0] * ~real).any()
+    with torch.no_grad():
+        assert (
+            relative_error(through_kernels(mixer, x[:, :15], lengths=lengths.clamp(max=15))[0, :11].cpu(), alone[0])
+            < 1e-5
+        )
 
 
 def test_evaluation_keeps_filters_until_a_weight_changes(device, monkeypatch):
