@@ -31,11 +31,11 @@ demo: install  ## pretrain a tiny M2-BERT on English text that Python brings alo
 tables: install  ## the paper's tables beside ours: results/tables/tables.md, .json and a picture
 	$(BIN)/python -m bert.tables
 
-test: install  ## the whole test suite, on the CPU
-	$(BIN)/python -m pytest
+test: install  ## the whole test suite, on the CPU, with all its cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 
 test-gpu: install  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu -n 4
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

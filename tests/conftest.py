@@ -13,7 +13,17 @@ from safetensors.torch import load_file
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Folders and files (without .py) of tests that make a StreamingDataset.
+STREAMING = {"recipe", "test_streaming_text", "faults"}
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_collection_modifyitems(items):
+    # Streaming numbers its shared memory by looking which numbers are taken: two processes that start together may take
+    # the same one. So what trains or streams runs in one of pytest-xdist's processes.
+    for item in items:
+        if STREAMING.intersection(item.path.relative_to(Path(__file__).parent).with_suffix("").parts):
+            item.add_marker(pytest.mark.xdist_group("streaming"))
 
 
 @pytest.fixture(autouse=True)
