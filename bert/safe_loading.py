@@ -75,6 +75,21 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path} is not a whole checkpoint file: {error}") from error
 
 
+def is_torn(path: str | os.PathLike[str]) -> bool:
+    """Say whether a checkpoint file (.pt) is not what was once written: cut off, or other bytes; it is read through.
+
+    Raises:
+        CheckpointError: it cannot be read at all, which says nothing about what it holds.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        return True
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def _reason(error: Exception) -> str:
     asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f"reading it would run code: it asks for {asked_for[1]}" if asked_for else "it is damaged"

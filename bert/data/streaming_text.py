@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -24,6 +25,7 @@ from bert.errors import DataError
 
 COLUMN = "input_ids"
 _EVALUATION_EPOCH = 0
+_SECONDS_AFTER_SIGTERM = 60  # that a worker has left
 _MAPPED_SHARDS = 128  # kept open by a process; each holds a file descriptor, of which a process may have 1,024
 
 
@@ -237,6 +239,7 @@ def build_data_spec(
         pin_memory=torch.cuda.is_available() if config.pin_memory is None else config.pin_memory,
         drop_last=drop_last,
         timeout=config.timeout if workers else 0,
+        worker_init_fn=_outlive_signals,
     )
     return DataSpec(
         loader,
@@ -249,6 +252,14 @@ def build_data_spec(
         get_num_samples_in_batch=count_samples,
         get_num_tokens_in_batch=count_tokens,
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a worker go on when its whole job is sent a signal: the training process still needs a batch to end well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Torch ends its workers by SIGTERM too, when they do not end by themselves.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
 
 
 # Fields of DatasetConfig that are not options of StreamingDataset, or are passed in another form.
