@@ -2,48 +2,65 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bert.composer_models import MaskedLanguageModel
 from bert.recipe.train import main
 from tests.faults.conftest import Child, assert_same, final_state, losses, wait_for
 
 Fork = Callable[..., Child]
 
 
+def in_evaluation(arguments: list[str]) -> int:
+    """Train, and be sent SIGTERM in the middle of the second evaluation."""
+    calls = 0
+    original = MaskedLanguageModel.eval_forward
+
+    def eval_forward(self: MaskedLanguageModel, *given: object) -> object:
+        nonlocal calls
+        calls += not self.training
+        if calls == 6 and not self.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *given)  # type: ignore[arg-type]
+
+    MaskedLanguageModel.eval_forward = eval_forward  # type: ignore[method-assign,assignment]
+    return main(arguments)
+
+
 @pytest.mark.parametrize(
-    ("number", "workers"),
+    ("number", "workers", "evaluating"),
     [
-        (signal.SIGTERM, 0),
-        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.faults),
-        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.faults),
-        pytest.param(signal.SIGINT, 0, marks=pytest.mark.faults),
+        (signal.SIGTERM, 1, False),
+        pytest.param(signal.SIGTERM, 0, False, marks=pytest.mark.faults),
+        pytest.param(signal.SIGTERM, 0, True, marks=pytest.mark.faults),
+        pytest.param(signal.SIGUSR1, 1, False, marks=pytest.mark.faults),
+        pytest.param(signal.SIGINT, 1, False, marks=pytest.mark.faults),
     ],
-    ids=lambda value: getattr(value, "name", str(value)),
+    ids=["SIGTERM", "SIGTERM-no-workers", "SIGTERM-evaluating", "SIGUSR1", "SIGINT"],
 )
 def test_a_signal_ends_the_run_after_its_batch(
-    recipe: Callable[..., Path], tmp_path: Path, fork: Fork, number: signal.Signals, workers: int
+    recipe: Callable[..., Path], tmp_path: Path, fork: Fork, number: signal.Signals, workers: int, evaluating: bool
 ) -> None:
-    command = [str(recipe()), "max_duration=200ba", "save_interval=1000ba", "autoresume=true", "eval_interval=24ba"]
-    command.append(f"train_loader.num_workers={workers}")
-    child = fork(main, [*command, "run_name=stopped"])
+    command = [str(recipe()), "max_duration=34ba", "save_interval=1000ba", "autoresume=true", "eval_interval=15ba"]
+    command += [f"train_loader.num_workers={workers}", "global_eval_batch_size=4"]
     stopped, whole = tmp_path / "runs" / "stopped", tmp_path / "runs" / "whole"
-    wait_for(lambda: len(losses(stopped)) >= 5)
-    begun = len(losses(stopped))
-    # The whole job is sent it, as by Slurm or a terminal: the loader's workers too.
-    import os
-
-    os.killpg(child.process.pid, number)
+    child = fork(in_evaluation if evaluating else main, [*command, "run_name=stopped"])
+    if not evaluating:
+        wait_for(lambda: len(losses(stopped)) >= 5)
+        # The whole job is sent it, as by Slurm or a terminal: the loader's workers too.
+        os.killpg(child.process.pid or 0, number)
     assert child.wait(30) == 128 + number
     last = max(losses(stopped))
-    assert last <= begun + 3 < 200
+    assert last == 30 if evaluating else 5 <= last < 15
     assert (stopped / "latest-rank0.pt").resolve().name.endswith(f"-ba{last}-rank0.pt")
     said = child.log.read_text()
     assert f"stopped by {number.name} after batch {last}" in said and "Traceback" not in said
-    assert fork(main, [*command[:1], f"max_duration={last + 14}ba", *command[2:], "run_name=stopped"]).wait() == 0
-    assert fork(main, [*command[:1], f"max_duration={last + 14}ba", *command[2:], "run_name=whole"]).wait() == 0
-    # The schedule of the first part was made for 200 batches, so only that part is compared with a run for 200.
-    assert list(losses(stopped)) == list(losses(whole))
+    assert fork(main, [*command, "run_name=stopped"]).wait() == 0
+    assert fork(main, [*command, "run_name=whole"]).wait() == 0
+    assert losses(stopped) == losses(whole)
+    assert_same(final_state(stopped), final_state(whole))
