@@ -46,6 +46,8 @@ class CheckedStream(Stream):
                 raise DataError("it names no shards")
             for shard in shards:
                 _check_shard(shard)
+                if self.remote in (None, self.local):
+                    _spare_raw_file(shard)
         except _NOT_AN_INDEX as error:
             remedy = "prepare or copy the dataset again"
             if self.remote not in (None, self.local):
@@ -160,6 +162,19 @@ def _check_shard(shard: Reader) -> None:
             raise DataError(f"a file of {info.bytes!r} bytes")
         if not isinstance(info.basename, str) or not _stays_inside(info.basename):
             raise DataError(f"the file {info.basename!r}, which is not inside the dataset's folder")
+
+
+def _spare_raw_file(shard: Any) -> None:
+    """Have streaming take a shard whose compressed form is gone for one that never had any.
+
+    It would delete the raw file otherwise, and with it the only copy: so a cache that is read without its remote.
+    """
+    (raw, packed), *_ = shard.file_pairs
+    folder = os.path.join(shard.dirname, shard.split)
+    if packed is None or os.path.exists(os.path.join(folder, packed.basename)):
+        return
+    if os.path.exists(os.path.join(folder, raw.basename)):
+        shard.compression, shard.zip_data, shard.file_pairs = None, None, [(raw, None)]
 
 
 def _stays_inside(name: str) -> bool:
