@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from composer.utils import format_name_with_dist
+from composer.utils import format_name_with_dist, is_tar
 
 from bert.errors import CheckpointError, RecipeError
 from bert.recipe.callbacks import RecipeRecord, check_record, differences
@@ -51,6 +51,10 @@ def starting_point(config: TrainConfig) -> StartingPoint | None:
             on from them or to overwrite them.
     """
     start = None
+    if config.load_path is not None and is_tar(config.load_path):
+        raise CheckpointError(
+            f"load_path: {config.load_path} is an archive, which Composer would unpack wherever its names point: unpack it"
+        )
     if config.load_path is not None and not is_remote(config.load_path):
         path = Path(format_name_with_dist(config.load_path, run_name=config.run_name))
         if not path.exists():
