@@ -66,13 +66,42 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
         with torch.serialization.safe_globals(HARMLESS):
             # Mapped into memory: of a training checkpoint most is optimizer state that nobody reads here.
             mapped = zipfile.is_zipfile(path)
+            if mapped:
+                _check_archive(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: {_reason(error)}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} is not a whole checkpoint file: {error}") from error
+
+
+def _check_archive(path: str | os.PathLike[str]) -> None:
+    """Refuse an archive whose entries are larger than the file: torch stores them as they are, a bomb does not."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
+        sum(entry.file_size for entry in entries) > os.path.getsize(path)
+    ):
+        raise CheckpointError(f"{path} is refused: its parts are compressed, or larger than the file; torch saves neither")
+
+
+def is_torn(path: str | os.PathLike[str]) -> bool:
+    """Say whether a checkpoint file (.pt) is not what was once written: cut off, or other bytes; it is read through.
+
+    Raises:
+        CheckpointError: it cannot be read at all, which says nothing about what it holds.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        return True
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
@@ -82,12 +83,29 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedModel:
         state: Mapping[str, Any] = content["state"]
         record = json.loads(state["callbacks"][RECORD_NAME]["record"])
         weights = state["model"]
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         raise CheckpointError(f"{file} carries no record of a recipe: it was not saved by this project") from None
-    model = build_masked_lm(record["model"]["name"], record["model"]["config"], train_mask_rate=1.0, eval_mask_rate=1.0)
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    model = _build_for(record["model"]["name"], record["model"]["config"], weights, file)
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{file} does not fit the model it names: {error}") from error
     return TrainedModel(model.eval(), record)
+
+
+def _build_for(name: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], file: Path) -> Any:
+    """Build the model of a checkpoint's record, once it is known to be no larger than the weights beside it.
+
+    The record is as little to be trusted as the rest of the file, and could ask for any amount of memory.
+    """
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(weights):
+        raise CheckpointError(f"{file} does not fit the model it names: {layers} layers, and {len(weights)} tensors")
+    with torch.device("meta"):
+        shapes = build_masked_lm(name, config, train_mask_rate=1.0, eval_mask_rate=1.0).state_dict()
+    different = [key for key, value in shapes.items() if key in weights and weights[key].shape != value.shape]
+    different += sorted(shapes.keys() ^ weights.keys())
+    if different:
+        raise CheckpointError(f"{file} does not fit the model it names: {', '.join(different[:5])} differ")
+    return build_masked_lm(name, config, train_mask_rate=1.0, eval_mask_rate=1.0)

@@ -86,14 +86,14 @@ class LoaderConfig:
 
 def describe(config: DatasetConfig) -> str:
     """Return the folders of a dataset, for messages."""
-    return "dataset " + ", ".join(f"'{_folder(stream)}'" for stream in _sources(config).values())
+    return "dataset " + ", ".join(f"'{_folder(stream)}'" for stream in sources(config).values())
 
 
 def _folder(stream: StreamConfig) -> Path:
     return Path(stream.local or "", stream.split or "")
 
 
-def _sources(config: DatasetConfig) -> dict[str, StreamConfig]:
+def sources(config: DatasetConfig) -> dict[str, StreamConfig]:
     """Return the streams by the name of their key, with the dataset's values where they have none."""
     if not config.streams:
         return {"dataset": StreamConfig(local=config.local, remote=config.remote, split=config.split)}
@@ -117,7 +117,7 @@ def _check_options(config: DatasetConfig) -> None:
             raise DataError(f"dataset.{name} is '{value}': {nearest(value, known)}")
     if not 0.0 <= config.mlm_probability <= 1.0:
         raise DataError(f"dataset.mlm_probability is {config.mlm_probability}: give a probability from 0 to 1")
-    for key, stream in _sources(config).items():
+    for key, stream in sources(config).items():
         if not stream.local:
             raise DataError(
                 f"{key}.local is missing: give the folder of the shards, or where to cache those of a remote"
@@ -138,7 +138,7 @@ def load_metadata(config: DatasetConfig) -> DatasetMetadata:
     """
     _check_options(config)
     parts = {}
-    for key, stream in _sources(config).items():
+    for key, stream in sources(config).items():
         if stream.remote and not (_folder(stream) / FILE_NAME).exists():
             _fetch_metadata(key, stream, stream.download_timeout or config.download_timeout)
         if not stream.remote:

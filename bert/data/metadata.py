@@ -13,6 +13,7 @@ from bert.errors import DataError, nearest
 
 FILE_NAME = "metadata.json"
 FORMAT_VERSION = 1
+_ROLES = {"pad", "unk", "cls", "sep", "mask"}
 
 
 @dataclass
@@ -61,7 +62,7 @@ class DatasetMetadata:
                 f"{path} is missing: '{folder}' is not (or not yet wholly) prepared. "
                 f"Make it with: python -m bert.data.prepare --help"
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read ({error}); prepare the folder again") from error
         if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
             raise DataError(f"{path} is not version {FORMAT_VERSION} of the format; prepare the folder again")
@@ -76,4 +77,23 @@ class DatasetMetadata:
         ]
         if missing:
             raise DataError(f"{path} lacks {', '.join(missing)}; prepare the folder again")
-        return cls(**values)
+        wrong = [name for name, value in values.items() if not _fits(value, str(fields[name].type))]
+        if wrong:
+            raise DataError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, not {fields[wrong[0]].type}; prepare it again")
+        metadata = cls(**values)
+        if missing := _ROLES - metadata.special_token_ids.keys():
+            raise DataError(f"{path}: special_token_ids lacks {', '.join(sorted(missing))}; prepare the folder again")
+        return metadata
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Say whether a value read from JSON is of the type that a field is annotated with; counts are not negative."""
+    if annotation == "int":
+        return type(value) is int and value >= 0
+    if annotation == "float":
+        return type(value) in (int, float)
+    if annotation == "str":
+        return isinstance(value, str)
+    if annotation == "dict[str, int]":
+        return isinstance(value, dict) and all(type(number) is int and number >= 0 for number in value.values())
+    return isinstance(value, dict)

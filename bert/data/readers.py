@@ -138,14 +138,32 @@ def _json_lines(stream: IO[bytes], column: str) -> Iterator[str | BrokenRecord]:
 
 def _json_text(line: bytes, place: str, column: str) -> str | BrokenRecord:
     try:
-        record = json.loads(line)
+        # Python keeps the last of two equal keys, without a word. Looking at each object takes time, so only where
+        # the column's name is there twice.
+        twice = line.count(f'"{column}"'.encode()) > 1
+        record = json.loads(line, object_pairs_hook=_without_duplicates if twice else None)
     except UnicodeDecodeError as error:
         return BrokenRecord(place, f"it is not UTF-8 ({error.reason} at byte {error.start})")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except _DuplicateKeyError as error:
+        return BrokenRecord(place, f"it has the key {error} twice")
+    except (ValueError, RecursionError) as error:
         return BrokenRecord(place, f"it is not JSON, one object a line ({error})")
     if not isinstance(record, dict):
         return BrokenRecord(place, f"it is a JSON {type(record).__name__}; one object a line is read")
     return text_field(record, column, place)
+
+
+class _DuplicateKeyError(Exception):
+    """A JSON object with two equal keys."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise _DuplicateKeyError(repr(key))
+        values[key] = value
+    return values
 
 
 def text_field(record: dict[str, Any], column: str, place: str) -> str | BrokenRecord:

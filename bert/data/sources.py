@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,9 @@ from bert.errors import DataError
 
 EMBEDDED = "embedded"
 HUB_PREFIX = "hub:"
+_BROKEN_SHOWN = 20  # records that are named in the log; all are counted
+
+log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 
@@ -50,13 +54,15 @@ class TextSource(ABC):
         if isinstance(record, str):
             return record
         self.broken += 1
-        if self.broken > self._max_broken:
-            place = f"{where}, {record.place}" if record.place else where
-            raise DataError(
-                f"{place}: {record.reason}. Mend it, or allow more than {self._max_broken} broken records to be "
-                f"skipped: --max-broken {max(100, 10 * self.broken)} (what was prepared so far is kept)"
-            )
-        return None
+        place = f"{where}, {record.place}" if record.place else where
+        if self.broken <= self._max_broken:
+            if self.broken <= _BROKEN_SHOWN:
+                log.warning("%s: %s: left out (%d of %d allowed)", place, record.reason, self.broken, self._max_broken)
+            return None
+        raise DataError(
+            f"{place}: {record.reason}. Mend it, or allow more than {self._max_broken} broken records to be "
+            f"skipped: --max-broken {max(100, 10 * self.broken)} (what was prepared so far is kept)"
+        )
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

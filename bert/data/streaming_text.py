@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -13,17 +15,21 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 from numpy.typing import NDArray
-from streaming import Stream, StreamingDataLoader, StreamingDataset
+from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
-from streaming.base.distributed import get_world_size
+from streaming.base.distributed import get_local_world_size, get_world_size
 
-from bert.data.loader_config import PREPARE_HINT, DatasetConfig, LoaderConfig, check_metadata, describe, load_metadata
+from bert.data.checked_stream import CheckedStream, check_hash, check_size, remove_files
+from bert.data.loader_config import PREPARE_HINT, DatasetConfig, LoaderConfig, check_metadata, describe, load_metadata, sources
 from bert.data.masking import IGNORED_LABEL, mask_tokens
 from bert.data.metadata import FILE_NAME, DatasetMetadata
 from bert.errors import DataError
 
+log = logging.getLogger(__name__)
+
 COLUMN = "input_ids"
 _EVALUATION_EPOCH = 0
+_SECONDS_AFTER_SIGTERM = 60  # that a worker has left
 _MAPPED_SHARDS = 128  # kept open by a process; each holds a file descriptor, of which a process may have 1,024
 
 
@@ -49,6 +55,8 @@ class StreamingTextDataset(StreamingDataset):
         self._fixed_epoch = fixed_epoch
         self._epoch = fixed_epoch or 0
         self._prepared: set[int] = set()
+        self._checked: set[str] = set()  # shards that this process has looked at whole
+        self._failure: BaseException | None = None  # of a background thread
 
     def _resume_incr_epoch(self) -> tuple[int, int]:
         # Runs in each worker at the start of each epoch: the only place that knows the number after resuming.
@@ -61,7 +69,12 @@ class StreamingTextDataset(StreamingDataset):
         yield from super().__iter__()
         # Streaming ends the epoch early, without an error, when its download thread fails between two samples.
         if self._event.is_set():
-            raise RuntimeError("a background download failed; its error is in the log above")
+            raise DataError(f"reading the shards failed: {self._failure or 'the error is in the log above'}")
+
+    def on_exception(self, future: Any) -> None:
+        """Keep the error of a background thread, for the error that ends the epoch (see the base class)."""
+        self._failure = self._failure or future.exception()
+        super().on_exception(future)
 
     def get_item(self, sample_id: int, retry: int = 7) -> TextSample:
         """Read one sample, downloading its shard first where it is missing (see the base class)."""
@@ -72,12 +85,39 @@ class StreamingTextDataset(StreamingDataset):
             return super().get_item(sample_id, retry)[COLUMN]
         shard_id, index = self.spanner[sample_id]
         shard: Any = self.shards[shard_id]
+        stream = self.streams[self.stream_per_shard[shard_id]]
         try:
-            data = _map_file(_raw_file(shard))
+            data = self._mapped(shard, stream.validate_hash)
         except FileNotFoundError:
             return super().get_item(sample_id, retry)[COLUMN]
+        except ValueError as error:
+            if stream.remote in (None, stream.local):
+                raise DataError(f"{error}; copy the shard again, or prepare the dataset again") from error
+            log.warning("%s; fetching it again", error)
+            remove_files(shard)
+            _map_file.cache_clear()
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            self.prepare_shard(shard_id)
+            data = self._mapped(shard, stream.validate_hash)
         begin, end = np.frombuffer(data, np.uint32, 2, 4 * (1 + index))  # the file starts with its count
-        return shard.decode_sample(data[begin:end])[COLUMN]
+        try:
+            return shard.decode_sample(data[begin:end])[COLUMN]
+        except ValueError as error:
+            raise DataError(f"sample {index} of '{_raw_file(shard)}' cannot be read: {error}") from error
+
+    def _mapped(self, shard: Any, hash_name: str | None) -> memoryview:
+        """Map a shard into memory, looking at its size and hash when this process first does.
+
+        Streaming looks at neither where the file was there before.
+        """
+        path = _raw_file(shard)
+        data = _map_file(path)
+        if path not in self._checked:
+            check_size(shard)
+            if hash_name:
+                check_hash(shard, hash_name, data)
+            self._checked.add(path)
+        return data
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard (see the base class); look only once where no cache limit can take it away again."""
@@ -85,7 +125,8 @@ class StreamingTextDataset(StreamingDataset):
             return
         try:
             super().prepare_shard(shard_id, blocking)
-        except BaseException:
+        except BaseException as error:
+            self._failure = self._failure or error
             # Streaming leaves the shard marked as being prepared, and all who need it would wait for ever.
             self._shard_states[shard_id] = _ShardState.REMOTE
             raise
@@ -141,9 +182,16 @@ class MaskingCollator:
                 f"sample {samples[int(lengths.argmax())].sample_id} has {lengths.max()} tokens, more than max_seq_len "
                 f"{self.max_seq_len} and than its {FILE_NAME} says; prepare the dataset again"
             )
+        tokens = np.concatenate([sample.tokens for sample in samples])
+        if tokens.max(initial=0) >= self.metadata.vocab_size:
+            wrong = next(s for s in samples if s.tokens.max(initial=0) >= self.metadata.vocab_size)
+            raise DataError(
+                f"sample {wrong.sample_id} holds the token id {wrong.tokens.max()}, and the vocabulary has "
+                f"{self.metadata.vocab_size}: its shard is damaged; set validate_hash, or prepare the dataset again"
+            )
         is_token = np.arange(self.max_seq_len) < lengths[:, None]
         ids = np.full(is_token.shape, special["pad"], dtype=np.int64)
-        ids[is_token] = np.concatenate([sample.tokens for sample in samples])
+        ids[is_token] = tokens
         masked, labels = mask_tokens(
             ids,
             np.array([sample.sample_id for sample in samples]),
@@ -212,7 +260,8 @@ def build_data_spec(
     data = config.dataset
     metadata = load_metadata(data)
     check_metadata(metadata, max_seq_len=max_seq_len)
-    dataset = _build_dataset(data, device_batch_size, seed, train)
+    dataset = _build_dataset(data, metadata, device_batch_size, seed, train)
+    _check_cache_limit(dataset, config, device_batch_size)
     drop_last = train if config.drop_last is None else config.drop_last
     global_batch = device_batch_size * max(1, get_world_size() // (data.replication or 1))
     if drop_last and dataset.epoch_size < global_batch:
@@ -237,6 +286,7 @@ def build_data_spec(
         pin_memory=torch.cuda.is_available() if config.pin_memory is None else config.pin_memory,
         drop_last=drop_last,
         timeout=config.timeout if workers else 0,
+        worker_init_fn=_outlive_signals,
     )
     return DataSpec(
         loader,
@@ -251,28 +301,73 @@ def build_data_spec(
     )
 
 
+def _outlive_signals(worker: int) -> None:
+    """Let a worker go on when its whole job is sent a signal: the training process still needs a batch to end well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Torch ends its workers by SIGTERM too, when they do not end by themselves.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
+
+
 # Fields of DatasetConfig that are not options of StreamingDataset, or are passed in another form.
-_OWN_FIELDS = ("streams", "mlm_probability", "mask_seed", "shuffle_seed")
+_OWN_FIELDS = ("streams", "local", "remote", "split", "mlm_probability", "mask_seed", "shuffle_seed")
 
 
-def _build_dataset(config: DatasetConfig, batch_size: int, seed: int, train: bool) -> StreamingTextDataset:
+def _build_dataset(
+    config: DatasetConfig, metadata: DatasetMetadata, batch_size: int, seed: int, train: bool
+) -> StreamingTextDataset:
     options = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _OWN_FIELDS}
     try:
-        streams = [Stream(**asdict(stream)) for stream in config.streams.values()]
+        streams = [CheckedStream(**asdict(stream)) for stream in sources(config).values()]
         dataset = StreamingTextDataset(
             fixed_epoch=None if train else _EVALUATION_EPOCH,
-            streams=streams or None,
+            streams=streams,
             batch_size=batch_size,
             shuffle_seed=seed if config.shuffle_seed is None else config.shuffle_seed,
             **options,
         )
-    except (ValueError, RuntimeError) as error:
+    except DataError:
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
         raise DataError(f"{describe(config)} cannot be read: {error}") from error
-    _check_shards(dataset)
+    _check_shards(dataset, metadata)
     return dataset
 
 
-def _check_shards(dataset: StreamingTextDataset) -> None:
+def _check_cache_limit(dataset: StreamingTextDataset, config: LoaderConfig, batch_size: int) -> None:
+    """Refuse a cache that cannot hold what is read at a time.
+
+    Streaming accepts four shards. When a shard is removed again before the sample that it was fetched for is read, all
+    who wait for it wait for ever.
+    """
+    if not dataset.cache_limit:
+        return
+    data, shards = config.dataset, dataset.shards
+    nodes = max(1, get_world_size() // get_local_world_size())
+    parts = max(1, (data.num_canonical_nodes or nodes * (64 if data.shuffle_algo in ("py1s", "py2s") else 1)) // nodes)
+    block = (data.shuffle_block_size or max(4_000_000 // (parts * nodes), 1 << 18)) if data.shuffle else 0
+    readers = get_local_world_size() * max(1, config.num_workers)
+    ahead = readers * (data.predownload or 8 * batch_size)
+    at_a_time = (block * parts + ahead) // min(shard.samples for shard in shards) + 2 * parts + readers
+    largest = max(shard.get_max_size() for shard in shards)
+    needed = min(at_a_time * largest, sum(shard.get_persistent_size(data.keep_zip) for shard in shards) + largest)
+    if int(dataset.cache_limit) < needed:
+        raise DataError(
+            f"dataset.cache_limit is {int(dataset.cache_limit):,} bytes, and {needed:,} are read at a time "
+            f"({min(at_a_time, len(shards))} shards of up to {largest:,}): with less, streaming was seen to wait for "
+            "ever. Raise it, or lower shuffle_block_size, num_canonical_nodes, predownload or num_workers"
+        )
+
+
+def _check_shards(dataset: StreamingTextDataset, metadata: DatasetMetadata) -> None:
+    stored = sum(shard.samples for shard in dataset.shards)
+    if stored != metadata.num_samples:
+        folder = dataset.shards[0].dirname
+        raise DataError(
+            f"the index of '{folder}' names {stored:,} samples and its {FILE_NAME} {metadata.num_samples:,}: they are of "
+            "different datasets. Copy or prepare it again"
+        )
+    encodings = (f"ndarray:{metadata.token_dtype}", f"ndarray:{metadata.token_dtype}:{metadata.seq_len}")
     shards: list[Any] = dataset.shards
     for shard, stream_id in zip(shards, dataset.stream_per_shard, strict=True):
         path = _raw_file(shard)
@@ -280,6 +375,9 @@ def _check_shards(dataset: StreamingTextDataset) -> None:
             raise DataError(
                 f"'{path}' has the columns {', '.join(shard.column_names)} and not {COLUMN}; {PREPARE_HINT}"
             )
+        if shard.column_encodings != [encodings[0]] and shard.column_encodings != [encodings[1]]:
+            found = ", ".join(shard.column_encodings)
+            raise DataError(f"'{path}' holds {found} and not {encodings[1]}, as its {FILE_NAME} says; {PREPARE_HINT}")
         if dataset.streams[stream_id].remote is None:
             files = [info.basename for pair in shard.file_pairs for info in pair if info]
             if not any(os.path.exists(os.path.join(shard.dirname, shard.split, name)) for name in files):

@@ -14,7 +14,7 @@ import torch
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist, format_name_with_dist, reproducibility
+from composer.utils import dist, format_name_with_dist, reproducibility
 
 from bert.errors import CheckpointError
 
@@ -42,8 +42,8 @@ class NaNGuard(Callback):
                 raise TrainingDivergedError(_divergence_message(state, f"{name} is {value}"))
 
 
-def finite_save_interval(interval: str) -> Callable[[State, Event], bool]:
-    """Composer's `save_interval`, which refuses to save weights that are not finite.
+def finite_only(due: Callable[[State, Event], bool]) -> Callable[[State, Event], bool]:
+    """Return `due` (whether to save a checkpoint now), but refusing to save weights that are not finite.
 
     A step can ruin the weights while its own loss is still finite. Weights are looked at only when a checkpoint is
     due, so the last one on disk is always one to go back to.
@@ -51,7 +51,6 @@ def finite_save_interval(interval: str) -> Callable[[State, Event], bool]:
     Raises:
         TrainingDivergedError: from the returned function, on all ranks.
     """
-    due = create_interval_scheduler(interval)
 
     def save_now(state: State, event: Event) -> bool:
         if not due(state, event):

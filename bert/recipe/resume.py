@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from composer.utils import format_name_with_dist
+from composer.utils import format_name_with_dist, is_tar
 
 from bert.errors import CheckpointError, RecipeError
 from bert.recipe.callbacks import RecipeRecord, check_record, differences
 from bert.recipe.schema import TrainConfig
-from bert.safe_loading import load_checkpoint_file
+from bert.safe_loading import is_torn, load_checkpoint_file
 
 log = logging.getLogger(__name__)
 
-LATEST = "latest-rank0.pt"  # the link that Composer moves after each checkpoint is wholly written
+LATEST = "latest-rank0.pt"  # the link that Composer moves after each checkpoint is written
 
 
 def is_remote(folder: str) -> bool:
@@ -50,6 +51,10 @@ def starting_point(config: TrainConfig) -> StartingPoint | None:
             on from them or to overwrite them.
     """
     start = None
+    if config.load_path is not None and is_tar(config.load_path):
+        raise CheckpointError(
+            f"load_path: {config.load_path} is an archive, which Composer would unpack wherever its names point: unpack it"
+        )
     if config.load_path is not None and not is_remote(config.load_path):
         path = Path(format_name_with_dist(config.load_path, run_name=config.run_name))
         if not path.exists():
@@ -58,15 +63,13 @@ def starting_point(config: TrainConfig) -> StartingPoint | None:
     if config.save_folder is None or is_remote(config.save_folder):
         return start
     folder = run_folder(config)
-    latest = folder / LATEST
-    if config.autoresume and latest.exists():
-        return StartingPoint(latest.resolve(), weights_only=False)
-    found = sorted(folder.glob("ep*-ba*-rank0.pt"), key=lambda path: int(path.name.split("-")[1].removeprefix("ba")))
-    if found and config.autoresume:
-        raise CheckpointError(
-            f"{folder} holds checkpoints ({found[-1].name}) but no {LATEST}: a run was killed while it saved. Delete "
-            f"the last one if it is not whole, and name the one to go on from: ln -s {found[-1].name} {latest}"
-        )
+    found = _checkpoints(folder)
+    if config.autoresume:
+        latest = folder / LATEST
+        if latest.is_dir():  # sharded
+            return StartingPoint(latest.resolve(), weights_only=False)
+        whole = _newest_whole(latest, found)
+        return StartingPoint(whole, weights_only=False) if whole else start
     if (
         found
         and not config.save_overwrite
@@ -77,6 +80,67 @@ def starting_point(config: TrainConfig) -> StartingPoint | None:
             "over with save_overwrite=true, or choose another run_name"
         )
     return start
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder, by their batch."""
+    return sorted(folder.glob("ep*-ba*-rank0.pt"), key=_batch)
+
+
+def _batch(path: Path) -> int:
+    return int(path.name.split("-")[1].removeprefix("ba"))
+
+
+def _newest_whole(latest: Path, found: Sequence[Path]) -> Path | None:
+    """Find the newest checkpoint that is not torn; None where there is none.
+
+    Composer writes a checkpoint under its final name and moves its link afterwards, so a kill leaves a torn file, or a
+    whole one that the link does not name yet. Newer than the link's is what is both further on and written later: a
+    run that was started over (save_overwrite) may have left files that are further on, but older.
+    """
+    linked = latest.resolve() if latest.exists() else None
+    candidates = sorted(found, key=lambda path: (path.stat().st_mtime_ns, _batch(path)))
+    if linked is not None:
+        newer = [path for path in candidates if _is_newer(path, linked)]
+        older = [path for path in candidates if path not in newer and path.resolve() != linked]
+        candidates = [*older, linked, *newer]
+    torn = []
+    for path in reversed(candidates):
+        if is_torn(path):
+            torn.append(path.name)
+            continue
+        if torn:
+            log.warning("%s: torn by a kill, and skipped: %s; going on from %s", latest.parent, torn, path.name)
+        return path.resolve()
+    if torn:
+        log.warning("%s holds no whole checkpoint, only torn ones (%s): starting over", latest.parent, torn)
+    return None
+
+
+def _is_newer(path: Path, linked: Path) -> bool:
+    return (
+        linked.name.startswith("ep")
+        and path.stat().st_mtime_ns > linked.stat().st_mtime_ns
+        and _batch(path) > _batch(linked)
+    )
+
+
+def point_latest_to(start: StartingPoint | None, config: TrainConfig) -> None:
+    """Move Composer's link to the checkpoint that autoresume chose, where it names another or none.
+
+    One rank a node calls it, before the trainer is built, which follows the link.
+    """
+    if not config.autoresume or config.save_folder is None or is_remote(config.save_folder):
+        return
+    latest = run_folder(config) / LATEST
+    if latest.is_dir() or (start is not None and latest.exists() and latest.resolve() == start.path):
+        return
+    if start is None or start.path.parent != latest.parent.resolve():  # nothing here to go on from
+        latest.unlink(missing_ok=True)
+        return
+    temporary = latest.with_name(f".{LATEST}.{os.getpid()}.tmp")
+    temporary.symlink_to(start.path.name)
+    os.replace(temporary, latest)
 
 
 def check_checkpoint(start: StartingPoint, current: Mapping[str, Any]) -> None:

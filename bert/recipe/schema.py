@@ -19,6 +19,8 @@ from bert.errors import RecipeError, nearest
 
 RECIPE_FOLDER = Path("yamls/pretrain")
 
+_MAXIMUM_NODES = 100_000  # keys and values of a YAML
+
 Config = TypeVar("Config")
 
 
@@ -165,11 +167,12 @@ def _read_yaml(path: Path, readers: tuple[Path, ...], folder: Path) -> DictConfi
     if path.resolve() in readers:
         raise RecipeError(f"{path}: inherits itself through 'base': {' -> '.join(p.name for p in readers)}")
     try:
+        _check_expansion(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
         values = OmegaConf.load(path)
     except FileNotFoundError:
         found = sorted(p for place in {path.parent, folder} for p in place.glob("*.yaml"))
         raise RecipeError(f"{path} does not exist: {nearest(str(path), map(str, found))}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, DictConfig):
         raise RecipeError(f"{path} must hold keys and values, not a {type(values).__name__}")
@@ -179,6 +182,22 @@ def _read_yaml(path: Path, readers: tuple[Path, ...], folder: Path) -> DictConfi
     inherited = OmegaConf.merge(_read_yaml(path.parent / str(base), (*readers, path.resolve()), folder), values)
     assert isinstance(inherited, DictConfig)
     return inherited
+
+
+def _check_expansion(root: yaml.Node | None) -> None:
+    """Raise ValueError where aliases (*name) make more of a YAML than any recipe is: they are copied when it is read."""
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MAXIMUM_NODES + 1  # of a node within itself
+            children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else []
+            children = node.value if isinstance(node, yaml.SequenceNode) else children
+            sizes[id(node)] = 1 + sum(size(child) for child in children)
+        return sizes[id(node)]
+
+    if root is not None and size(root) > _MAXIMUM_NODES:
+        raise ValueError(f"its aliases expand to more than {_MAXIMUM_NODES} values")
 
 
 def _dotlist(overrides: Sequence[str]) -> DictConfig:

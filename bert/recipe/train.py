@@ -18,7 +18,7 @@ import torch
 from composer import Trainer
 from composer.core import Evaluator, Precision
 from composer.devices import Device, DeviceCPU, DeviceGPU
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 
 from bert.composer_models import MaskedLanguageModel, count_parameters, padded_vocab_size
 from bert.data.loader_config import LoaderConfig, check_metadata, load_metadata
@@ -29,10 +29,11 @@ from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import DataError, RecipeError
 from bert.provenance import versions
 from bert.recipe import builders
-from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, TrainingDivergedError, finite_save_interval
+from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, TrainingDivergedError, finite_only
 from bert.recipe.data_parallel import compiled_graphs, set_gradient_reduction
-from bert.recipe.resume import check_checkpoint, run_folder, starting_point
+from bert.recipe.resume import check_checkpoint, point_latest_to, run_folder, starting_point
 from bert.recipe.schema import RECIPE_FOLDER, TrainConfig, load_config, to_yaml
+from bert.recipe.stopping import StopOnSignal, TrainingStoppedError, end_with_launcher
 from bert.safe_loading import safe_loading
 from monarch_mixer.kernels import use_kernels
 
@@ -61,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line `RECIPE.yaml [key=value ...]`.
 
     Returns:
-        The exit code: 0, 2 for a mistake in the recipe or its data, 3 where training diverged.
+        The exit code: 0, 2 for a mistake in the recipe or its data, 3 where training diverged, 128 plus the signal's
+        number (143 for SIGTERM, 138 for SIGUSR1, 130 for Ctrl-C) where one stopped it.
     """
     if any(argument in ("-h", "--help") for argument in argv):
         print(USAGE, inspect.getsource(TrainConfig), sep="\n")  # noqa: T201
@@ -85,6 +87,9 @@ def main(argv: Sequence[str]) -> int:
     except TrainingDivergedError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 3
+    except TrainingStoppedError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return error.exit_code
     return 0
 
 
@@ -94,6 +99,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         RecipeError: anything in the recipe, the data or the checkpoint that does not fit, before training starts.
         TrainingDivergedError: the loss or the weights are not finite.
+        TrainingStoppedError: SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint of the last batch is saved.
     """
     with use_kernels(config.kernels):
         return _train(config)
@@ -102,6 +108,7 @@ def train(config: TrainConfig) -> TrainResult:
 def _train(config: TrainConfig) -> TrainResult:
     builders.check_config(config)
     _configure_logging(config)
+    end_with_launcher()
     device = training_device(config.device)
     config = _for_device(config, device)
     world_size = dist.get_world_size()
@@ -118,6 +125,9 @@ def _train(config: TrainConfig) -> TrainResult:
     record = _record(config, train_data)
     if start is not None:
         check_checkpoint(start, record)
+    if dist.get_local_rank() == 0:
+        point_latest_to(start, config)
+    dist.barrier()
 
     folder = run_folder(config)
     entropy = eval_data.unigram_entropy_nats if eval_data is not None else None
@@ -136,6 +146,7 @@ def _train(config: TrainConfig) -> TrainResult:
     optimizer = builders.build_optimizer(config, model)
     if dist.get_global_rank() == 0:
         _write_recipe(config, folder)
+    stop = StopOnSignal()
     with safe_loading():
         trainer = Trainer(
             model=model,
@@ -143,16 +154,17 @@ def _train(config: TrainConfig) -> TrainResult:
             optimizers=optimizer,
             schedulers=builders.build_scheduler(config),
             algorithms=builders.build_algorithms(config),
-            callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume()],
+            callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume(), stop],
             loggers=loggers,
             **_evaluation_arguments(config, eval_batch),
-            **_trainer_arguments(config, device, device_batch),
+            **_trainer_arguments(config, device, device_batch, stop),
         )
     try:
         set_gradient_reduction(trainer.state.model, config.gradient_reduction)
         elapsed = trainer.state.get_elapsed_duration()
         if elapsed is None or elapsed.value < 1.0:
-            with compiled_graphs(cut=config.overlap_reduction) if config.compile else contextlib.nullcontext():
+            graphs = compiled_graphs(cut=config.overlap_reduction) if config.compile else contextlib.nullcontext()
+            with stop.listening(), graphs:
                 trainer.fit()
         else:
             log.info("nothing to do: the checkpoint already is at max_duration %s", config.max_duration)
@@ -272,8 +284,9 @@ def _evaluation_arguments(config: TrainConfig, device_batch: int) -> dict[str, A
     }
 
 
-def _trainer_arguments(config: TrainConfig, device: Device, device_batch: int) -> dict[str, Any]:
+def _trainer_arguments(config: TrainConfig, device: Device, device_batch: int, stop: StopOnSignal) -> dict[str, Any]:
     micro = config.device_train_microbatch_size
+    due = stop.saving_too(create_interval_scheduler(config.save_interval))
     guarded = "nan_guard" in builders.active(config.callbacks)
     return {
         "run_name": config.run_name,
@@ -290,7 +303,7 @@ def _trainer_arguments(config: TrainConfig, device: Device, device_batch: int) -
         "console_log_interval": config.console_log_interval,
         "python_log_level": "warning" if config.python_log_level == "info" else config.python_log_level,
         "save_folder": config.save_folder,
-        "save_interval": finite_save_interval(config.save_interval) if guarded else config.save_interval,
+        "save_interval": finite_only(due) if guarded else due,
         "save_num_checkpoints_to_keep": config.save_num_checkpoints_to_keep,
         # A run killed while it wrote a checkpoint leaves a torn one behind, which the resumed run writes again.
         "save_overwrite": config.save_overwrite or config.autoresume,

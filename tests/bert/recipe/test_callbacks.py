@@ -14,6 +14,7 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Event, Time, Timestamp
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
+from composer.utils import create_interval_scheduler
 
 from bert.errors import CheckpointError
 from bert.recipe.callbacks import (
@@ -23,7 +24,7 @@ from bert.recipe.callbacks import (
     RecipeRecord,
     TrainingDivergedError,
     check_record,
-    finite_save_interval,
+    finite_only,
 )
 from bert.recipe.loggers import JsonlLogger
 
@@ -64,7 +65,7 @@ def test_nan_guard_lets_finite_losses_pass() -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved() -> None:
-    due = finite_save_interval("4ba")
+    due = finite_only(create_interval_scheduler("4ba"))
     good, bad = state(4), state(8)
     with torch.no_grad():
         bad.model.bias[1] = float("nan")

@@ -191,14 +191,42 @@ def test_a_folder_with_checkpoints_is_not_overwritten_silently(
     assert (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text() != log
 
 
-def test_autoresume_does_not_start_over_where_the_link_to_the_checkpoint_is_lost(
-    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_autoresume_takes_the_newest_whole_checkpoint(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = str(recipe())
-    assert main([path, "max_duration=4ba"]) == 0
-    (tmp_path / "runs" / "tiny" / "latest-rank0.pt").unlink()
-    assert main([path, "autoresume=true"]) == 2
-    assert "ln -s ep0-ba4-rank0.pt" in capsys.readouterr().err
+    command = [path, "autoresume=true", "save_interval=2ba"]
+    assert main([*command, "max_duration=6ba"]) == 0
+    folder = tmp_path / "runs" / "tiny"
+    whole = losses(folder)
+    (folder / "latest-rank0.pt").unlink()  # killed before Composer's link was made again
+    (folder / "ep0-ba6-rank0.pt").unlink()
+    torn = folder / "ep0-ba4-rank0.pt"
+    content = torn.read_bytes()
+    torn.write_bytes(content[:-100])
+    assert main([*command, "max_duration=6ba"]) == 0
+    assert "torn by a kill, and skipped: ['ep0-ba4-rank0.pt']; going on from ep0-ba2-rank0.pt" in caplog.text
+    assert losses(folder) == whole
+    assert torn.read_bytes() != content[:-100]  # the run came by again
+    flipped = bytearray((folder / "ep0-ba6-rank0.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (folder / "ep0-ba6-rank0.pt").write_bytes(flipped)
+    assert main([*command, "max_duration=8ba"]) == 0
+    assert "going on from ep0-ba4-rank0.pt" in caplog.text
+    for file in folder.glob("ep*.pt"):
+        file.write_bytes(b"")
+    assert main([*command, "max_duration=2ba"]) == 0
+    assert "holds no whole checkpoint" in caplog.text
+    assert list(losses(folder)) == [1, 2]
+
+
+def test_a_run_started_over_goes_on_from_its_own_checkpoints(recipe: Recipe, tmp_path: Path) -> None:
+    path = str(recipe())
+    assert main([path, "max_duration=8ba"]) == 0
+    assert main([path, "max_duration=4ba", "save_overwrite=true", "seed=9"]) == 0
+    second = losses(tmp_path / "runs" / "tiny")
+    assert main([path, "max_duration=5ba", "autoresume=true", "seed=9"]) == 0  # and not from ep0-ba8-rank0.pt
+    assert second.items() <= losses(tmp_path / "runs" / "tiny").items()
 
 
 class Bomb:

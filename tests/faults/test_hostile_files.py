@@ -1,0 +1,206 @@
+"""Files that try to run code, to write outside their folder, or to exhaust memory: refused, each with one message."""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from streaming import MDSWriter
+
+from bert.data.checked_stream import zstd_content_size
+from bert.data.loader_config import DatasetConfig, LoaderConfig
+from bert.data.streaming_text import build_data_spec
+from bert.data.tokenizer import load_tokenizer
+from bert.errors import CheckpointError, DataError, RecipeError
+from bert.recipe.schema import load_config
+from bert.recipe.train import main
+from bert.safe_loading import load_checkpoint_file
+from bert.trained import load_trained
+from tests.bert.recipe.conftest import SEQ_LEN, write_split
+
+
+@pytest.fixture(autouse=True)
+def _little_memory() -> Iterator[None]:
+    """4 GB of addresses beyond what is in use: whoever believes a size in a header fails instead of filling the host."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def build(folder: Path) -> object:
+    config = LoaderConfig(dataset=DatasetConfig(local=str(folder), split="train"), num_workers=0)
+    return build_data_spec(config, device_batch_size=8, max_seq_len=SEQ_LEN, seed=0, train=True)
+
+
+@pytest.mark.parametrize("where", ["plain", "in a zip", "in a tensor's place"])
+def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path: Path, where: str) -> None:
+    path, trace = tmp_path / "hostile.pt", tmp_path / "trace"
+    content = {"state": {"model": {"weight": Bomb(trace)}}} if "tensor" in where else Bomb(trace)
+    torch.save(content, path, _use_new_zipfile_serialization=where != "plain")
+    with pytest.raises(CheckpointError, match=r"hostile\.pt is refused: reading it would run code"):
+        load_checkpoint_file(path)
+    assert not trace.exists()
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    torch.save({"weight": torch.zeros(4)}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for entry in good.infolist():
+            bomb.writestr(entry.filename, b"\0" * (1 << 24) if "/data/" in entry.filename else good.read(entry))
+    with pytest.raises(CheckpointError, match="larger than the file"):
+        load_checkpoint_file(path)
+
+
+def test_safetensors_that_claim_more_than_they_hold_are_refused(tmp_path: Path) -> None:
+    for number, header in enumerate(
+        [
+            struct.pack("<Q", 1 << 60) + b"{}",
+            _safetensors({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}),
+            _safetensors({"w": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}),
+        ]
+    ):
+        path = tmp_path / f"{number}.safetensors"
+        path.write_bytes(header)
+        with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+            load_checkpoint_file(path)
+
+
+def _safetensors(header: dict) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": 1 << 20}, {"vocab_size": 1 << 40}, {"num_hidden_layers": 1 << 40}], ids=str
+)
+def test_a_record_that_asks_for_a_huge_model_is_refused(tmp_path: Path, change: dict) -> None:
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 40, **change}
+    record = json.dumps({"model": {"name": "m2_bert", "config": config}})
+    state = {"model": {"weight": torch.zeros(2)}, "callbacks": {"RecipeRecord": {"record": record}}}
+    torch.save({"state": state}, tmp_path / "latest-rank0.pt")
+    with pytest.raises(RecipeError):
+        load_trained(tmp_path)
+
+
+def test_an_archive_is_not_unpacked(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "payload").write_text("written")
+    with tarfile.open(tmp_path / "hostile.tar", "w") as archive:
+        archive.add(tmp_path / "payload", arcname="../../escaped")
+    assert main([str(recipe()), f"load_path={tmp_path}/hostile.tar"]) == 2
+    assert "is an archive" in capsys.readouterr().err
+    assert not list(tmp_path.parent.rglob("escaped"))
+
+
+def test_code_in_a_tokenizer_folder_is_not_run(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    (tmp_path / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
+    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch {}']", "!!python/name:os.system", "!evil x"])
+def test_tags_in_a_yaml_are_not_followed(tmp_path: Path, tag: str) -> None:
+    trace = tmp_path / "trace"
+    (tmp_path / "hostile.yaml").write_text(f"run_name: {tag.format(trace)}\n")
+    with pytest.raises(RecipeError, match=r"hostile\.yaml cannot be read as YAML"):
+        load_config(tmp_path / "hostile.yaml")
+    assert not trace.exists()
+
+
+def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1,1,1,1,1,1,1,1,1]"]
+    lines += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (tmp_path / "laughs.yaml").write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match="aliases expand to more than"):
+        load_config(tmp_path / "laughs.yaml")
+
+
+def edit_index(folder: Path, **changes: object) -> None:
+    path = folder / "train" / "index.json"
+    index = json.loads(path.read_text())
+    shard = index["shards"][0]
+    for name, value in changes.items():
+        target = shard["raw_data"] if name in ("basename", "bytes") else shard
+        target[name] = value
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"basename": "../../../outside"}, "not inside the dataset's folder"),
+        ({"basename": "/etc/passwd"}, "not inside the dataset's folder"),
+        ({"basename": 3}, "not inside the dataset's folder"),
+        ({"bytes": 1 << 50}, "a file of"),
+        ({"bytes": -1}, "a file of"),
+        ({"samples": 1 << 60}, "a shard of"),
+        ({"samples": -5}, "a shard of"),
+        ({"column_encodings": ["pkl"]}, "unsafe type"),
+        ({"column_encodings": ["ndarray:uint32"]}, "holds ndarray:uint32"),
+        ({"format": "exe"}, "is not the index"),
+        ({"version": 3}, "is not the index"),
+    ],
+    ids=str,
+)
+def test_an_index_is_not_believed(tmp_path: Path, changes: dict, message: str) -> None:
+    write_split(tmp_path / "train", 16, 0)
+    edit_index(tmp_path, **changes)
+    with pytest.raises(DataError, match=message):
+        build(tmp_path)
+
+
+def test_a_shard_whose_header_claims_more_than_a_shard_can_hold(tmp_path: Path) -> None:
+    assert zstd_content_size(b"\x28\xb5\x2f\xfd\xe0" + (1 << 45).to_bytes(8, "little") + bytes(8)) == 1 << 45
+    with MDSWriter(out=str(tmp_path / "mds"), columns={"x": "int"}, compression="zstd") as writer:
+        writer.write({"x": 1})
+    packed = next((tmp_path / "mds").glob("*.zstd")).read_bytes()
+    raw = json.loads((tmp_path / "mds" / "index.json").read_text())["shards"][0]["raw_data"]["bytes"]
+    assert zstd_content_size(packed) == raw
+    folder = tmp_path / "data"
+    write_split(folder / "train", 16, 0)
+    index = json.loads((folder / "train" / "index.json").read_text())
+    bomb = b"\x28\xb5\x2f\xfd\xe0" + (1 << 45).to_bytes(8, "little") + bytes(32)
+    (folder / "train" / "shard.zstd").write_bytes(bomb)
+    (folder / "train" / index["shards"][0]["raw_data"]["basename"]).unlink()
+    index["shards"][0] |= {"compression": "zstd"}
+    index["shards"][0]["zip_data"] = {"basename": "shard.zstd", "bytes": len(bomb), "hashes": {}}
+    (folder / "train" / "index.json").write_text(json.dumps(index))
+    spec = build(folder)
+    with pytest.raises(DataError, match="claims to hold 35,184,372,088,832 bytes"):
+        next(iter(spec.dataloader))  # type: ignore[attr-defined]
+
+
+def test_hostile_metadata_is_one_message(tmp_path: Path) -> None:
+    write_split(tmp_path / "train", 16, 0)
+    path = tmp_path / "train" / "metadata.json"
+    good = json.loads(path.read_text())
+    for change in ({"seq_len": "16"}, {"vocab_size": -1}, {"special_token_ids": {"pad": 0}}, {"source": None}):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(DataError, match=next(iter(change))):
+            build(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="cannot be read"):
+        build(tmp_path)
