@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from bert.configuration import M2BertConfig
-from bert.modeling import M2BertModel
+from bert.modeling import M2BertModel, real_lengths
 from bert.recipe.schema import load_config
 from monarch_mixer.kernels import use_kernels
 
@@ -44,10 +44,12 @@ class Peer:
     recipe: str
     kernels: bool = True  # False: the layers' plain PyTorch versions, with FFTs for the long convolutions
     compiled: bool = True
+    masked: bool = False  # batches have padding, which the sequence mixer leaves out
 
 
 PEERS = {
     "m2-base": Peer("m2-base"),
+    "m2-base-masked": Peer("m2-base", masked=True),
     HF_BERT: Peer("hf-bert-base"),
     "bert-base": Peer("bert-base"),
     "m2-fft-reference": Peer("m2-base", kernels=False, compiled=False),
@@ -56,7 +58,9 @@ PEERS = {
 
 
 class Encoder(nn.Module):
-    """Token ids (batch, length) to hidden states (batch, length, hidden): embeddings and layers; no pooler, no mask.
+    """Token ids (batch, length) to hidden states (batch, length, hidden): embeddings and layers; no pooler.
+
+    Without a mask, but where an M2-BERT is given one (batch, length) to leave its padding out.
 
     Hugging Face's own forward makes a mask of ones, which costs a compiled model the flash kernels; its parts are
     called without, so that the peer runs as fast as it can.
@@ -66,8 +70,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model.encoder(self.model.embeddings(input_ids))[0]
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden = self.model.embeddings(input_ids)
+        if attention_mask is None:
+            return self.model.encoder(hidden)[0]
+        return self.model.encoder(hidden, real_lengths(attention_mask))[0]
 
 
 def build_encoder(name: str, length: int, *, small: bool = False, dropout: float | None = None) -> Encoder:
@@ -225,6 +232,13 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
 def random_ids(device: torch.device, tokens: int, length: int, vocabulary: int) -> Tensor:
     """Draw token ids (tokens // length, length)."""
     return torch.randint(0, vocabulary, (max(1, tokens // length), length), device=device)
+
+
+def random_mask(ids: Tensor) -> Tensor:
+    """Return a mask for ids (batch, length) whose rows end at random places of their second half."""
+    batch, length = ids.shape
+    ends = torch.randint((length + 1) // 2, length + 1, (batch, 1), device=ids.device)
+    return (torch.arange(length, device=ids.device) < ends).long()
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -6,7 +6,8 @@
 forward: evaluation mode without gradients, 65,536 tokens. training: forward and backward (no optimizer), dropout as in
 the recipes, 32,768 tokens. All models of a length are timed in turns in this process. A model that fails is a row with
 its error. The JSON is written after every length, so a run that is stopped keeps what it has; --append puts a further
-run's lengths beside those of an earlier one on the same kind of device.
+run's lengths beside those of an earlier one on the same kind of device. With --models m2-base,m2-base-masked it says
+what leaving padding out costs.
 """
 
 from __future__ import annotations
@@ -116,6 +117,9 @@ def measure(length: int, args: argparse.Namespace, device: torch.device) -> list
     peer = rows.get(HF_BERT, {}).get("tokens_per_ms")
     for row in rows.values():
         row["ratio_to_hf"] = row["tokens_per_ms"] / peer if peer and "tokens_per_ms" in row else None
+    masked, unmasked = rows.get("m2-base-masked", {}), rows.get("m2-base", {})
+    if "ms" in masked and "ms" in unmasked:
+        masked["masking_cost"] = masked["ms"] / unmasked["ms"] - 1
     return list(rows.values())
 
 
@@ -126,6 +130,7 @@ def make_run(name: str, length: int, args: argparse.Namespace, device: torch.dev
         encoder = common.build_encoder(name, length, small=args.small, dropout=args.dropout)
     vocabulary = encoder.model.config.vocab_size
     ids = common.random_ids(device, args.tokens, length, vocabulary)
+    inputs = (ids, common.random_mask(ids)) if peer.masked else (ids,)
     model: Any = encoder
     if peer.compiled and not args.no_compile:
         model = torch.compile(encoder, dynamic=False)
@@ -134,7 +139,7 @@ def make_run(name: str, length: int, args: argparse.Namespace, device: torch.dev
 
         def forward() -> None:
             with torch.no_grad(), common.running(device, peer.kernels):
-                model(ids)
+                model(*inputs)
 
         return forward, encoder.model.config
     encoder.train()
@@ -143,7 +148,7 @@ def make_run(name: str, length: int, args: argparse.Namespace, device: torch.dev
     def step() -> None:
         encoder.zero_grad(set_to_none=True)
         with common.running(device, peer.kernels):
-            hidden = model(ids)
+            hidden = model(*inputs)
             if not gradients:
                 gradients.append(torch.randn_like(hidden))
         with use_kernels(peer.kernels):  # a backward pass chooses its kernels too
@@ -162,7 +167,8 @@ def line(row: dict[str, Any], mode: str) -> str:
     ratio = "" if row["ratio_to_hf"] is None else f"{row['ratio_to_hf']:.2f}"
     peak = "" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"
     times = f"{row['tokens_per_ms']:>9.1f} {row['ms']:>9.3f}"
-    return f"{start} {times} {ratio:>6} {bar:>9} {peak:>8} {row['first_call_s']:>8.1f}"
+    masking = f"  {row['masking_cost']:+.1%} of m2-base" if "masking_cost" in row else ""
+    return f"{start} {times} {ratio:>6} {bar:>9} {peak:>8} {row['first_call_s']:>8.1f}{masking}"
 
 
 def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

@@ -50,7 +50,7 @@ def is_time(row: dict) -> bool:
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_encoder(run: Run, mode: str) -> None:
-    models = "m2-base,hf-bert-base,bert-base,m2-fft-reference"
+    models = "m2-base,m2-base-masked,hf-bert-base,bert-base,m2-fft-reference"
     figures = run(
         "gpu_encoder", "--mode", mode, "--no-compile", "--models", models, "--lengths", "16,24", "--seconds", "0.01"
     )

@@ -66,6 +66,16 @@ def test_predictions_are_the_likeliest_words_at_each_mask(checkpoint):
         assert [p for _, p in prediction] == pytest.approx(best.values[:3].tolist(), rel=1e-4)
 
 
+def test_texts_are_padded_for_models_that_see_padding_only(checkpoint):
+    trained = load_trained(checkpoint[0])
+    lengths = []
+    trained.model.model.bert.register_forward_hook(lambda _, __, output: lengths.append(output[0].shape[1]))
+    padded = fill_masks(trained.model, trained.tokenizer(), "the [MASK] sat")
+    trained.model.model.config.mask_padding = True
+    assert fill_masks(trained.model, trained.tokenizer(), "the [MASK] sat") != padded
+    assert lengths == [12, 5]
+
+
 def test_command_line(checkpoint, capsys):
     assert fill_mask.main([str(checkpoint[0]), "the [MASK] sat", "--top", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -213,6 +213,13 @@ def test_batches_are_what_the_tokenizer_itself_pads(vocabulary: Path) -> None:
         assert batch["labels"].tolist() == [0.5, 1.0, 2.0]
 
 
+def test_batches_are_as_wide_as_their_longest_text_rounded_up() -> None:
+    lengths = [3, 5, 17, 40]
+    split = data.EncodedSplit(np.ones(sum(lengths), np.int32), np.cumsum([0, *lengths]), np.asarray(lengths), None)
+    batches, _ = loader(split, 1, pad_id=0, fixed_length=None)
+    assert [batch["input_ids"].shape[1] for batch in batches.dataloader] == [16, 16, 32, 40]  # 48 are not known to fit
+
+
 def test_order_of_batches() -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 1000)
 

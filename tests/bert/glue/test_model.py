@@ -140,6 +140,7 @@ def test_hugging_face_folders(tmp_path: Path) -> None:
             Start(name, config, str(tmp_path / "hf")).build(3, "first")
     dropout = Start("hf_bert", {"hidden_dropout_prob": 0.5}, str(tmp_path / "hf")).build(3, "first")
     assert dropout.model.dropout.p == 0.5
+    assert Start("m2_bert", {"mask_padding": True}, str(tmp_path / "m2")).build(1, "mean").fixed_length is None
     model = Start("m2_bert", {"hidden_size": 16}, str(tmp_path / "m2")).build(1, "mean")
     assert_encoder(model, ours.state_dict())
     assert model.model.config.pool_all
@@ -216,6 +217,11 @@ def test_length_padding_and_vocabulary_are_checked(vocabulary: Path) -> None:
         check_fits(m2, 8, "auto", str(vocabulary))
     with pytest.raises(RecipeError, match="padding: dynamic changes the results"):
         check_fits(m2, MAX_LENGTH, "dynamic", str(vocabulary))
+    masked = build_classifier("m2_bert", {**MODEL, "mask_padding": True}, num_labels=2, pooling="first")
+    assert masked.fixed_length is None
+    assert check_fits(masked, 8, "auto", str(vocabulary)) == check_fits(masked, 8, "dynamic", str(vocabulary))
+    with pytest.raises(RecipeError, match="takes 16 tokens at most"):
+        check_fits(masked, 17, "auto", str(vocabulary))
     hf = build_classifier("hf_bert", TINY_HF, num_labels=2, pooling="first")
     assert check_fits(hf, 8, "dynamic", str(vocabulary))
     with pytest.raises(RecipeError, match="takes 32 tokens at most"):
