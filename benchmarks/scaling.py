@@ -180,7 +180,8 @@ def recipe_arguments(args: argparse.Namespace, run: Run, folder: Path, name: str
     local.model, local.batch, local.steps = run.model, run.batch, run.steps
     local.microbatch = min(args.microbatch, run.batch // run.gpus)
     recipe = str(single.recipe_path(local))
-    return [recipe, f"data_local={folder / 'data'}", f"run_name={name}", "dist_timeout=120", *single.overrides(local)]
+    own = [f"data_local={folder / 'data'}", f"run_name={name}", "progress_bar=false", "dist_timeout=120"]
+    return [recipe, *own, *single.overrides(local)]
 
 
 def measure(args: argparse.Namespace, session: Sequence[Run], folder: Path) -> Iterator[dict[str, Any]]:
