@@ -86,7 +86,12 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--gpus", type=common.integers, default=[1, 2, 4], help="numbers of GPUs (default: 1,2,4)")
-    parser.add_argument("--mode", type=choices(MODES), default=list(MODES), help="strong, weak or both (default: both)")
+    parser.add_argument(
+        "--mode",
+        type=mode_names,
+        default=list(MODES),
+        help="strong,weak, one of them, or none for variants alone (default: both)",
+    )
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     parser.add_argument("--models", type=choices(names), default=["m2-base"], help="recipes (default: m2-base)")
     parser.add_argument(
@@ -113,6 +118,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.small:
         args.batch, args.microbatch, args.steps, args.warm_up = 8, 4, 2, 1
+    if not args.mode and not args.variants:
+        parser.error("--mode none and --variants none leave nothing to do")
     for gpus in args.gpus:
         if args.batch % gpus:
             parser.error(f"--batch {args.batch} does not divide by {gpus} GPUs")
@@ -131,6 +138,11 @@ def choices(known: Sequence[str]) -> Any:
         return text.split(",")
 
     return read
+
+
+def mode_names(text: str) -> list[str]:
+    """Read a list such as strong,weak; none for an empty one."""
+    return [] if text == "none" else choices(MODES)(text)
 
 
 def variant_names(text: str) -> list[str]:
@@ -168,12 +180,13 @@ def recipe_arguments(args: argparse.Namespace, run: Run, folder: Path, name: str
     local.model, local.batch, local.steps = run.model, run.batch, run.steps
     local.microbatch = min(args.microbatch, run.batch // run.gpus)
     recipe = str(single.recipe_path(local))
-    return [recipe, f"data_local={folder / 'data'}", f"run_name={name}", "dist_timeout=120", *single.overrides(local)]
+    own = [f"data_local={folder / 'data'}", f"run_name={name}", "progress_bar=false", "dist_timeout=120"]
+    return [recipe, *own, *single.overrides(local)]
 
 
 def measure(args: argparse.Namespace, session: Sequence[Run], folder: Path) -> Iterator[dict[str, Any]]:
     """Run a session in one process a GPU; yield a row for each of its runs."""
-    names = [f"{run.model}-{run.mode}-{run.gpus}-{number}-{run.variant}" for number, run in enumerate(session)]
+    names = [f"{run.session}-{run.model}-{run.mode}-{run.gpus}-{n}-{run.variant}" for n, run in enumerate(session)]
     command = [sys.executable, "-m", "composer.cli", "-n", str(session[0].gpus)]
     alone = session[0].session == "scaling"
     if alone:
