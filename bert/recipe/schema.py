@@ -215,6 +215,8 @@ def check_keys(cls: type, values: dict[str, Any], prefix: str, path: str) -> Non
         full_key = f"{prefix}{key}"
         if key not in hints:
             raise RecipeError(f"{path}: unknown key '{full_key}': {nearest(str(key), hints)}")
+        if typing.get_origin(hints[key]) is dict and not isinstance(value, dict | None):
+            raise RecipeError(f"{path}: '{full_key}' must be a section with keys, not {value!r}")
         for section, by_name in _dataclasses_of(hints[key]):
             items = (
                 {f".{name}": item for name, item in value.items()}
