@@ -25,7 +25,7 @@ from bert.data.metadata import DatasetMetadata
 from bert.data.shared_memory import clean_stale_shared_memory
 from bert.data.streaming_text import build_data_spec
 from bert.data.tokenizer import fingerprint, load_tokenizer
-from bert.errors import DataError, RecipeError
+from bert.errors import DataError, RecipeError, storage_failure
 from bert.provenance import versions
 from bert.recipe import builders
 from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, TrainingDivergedError, finite_only
@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line `RECIPE.yaml [key=value ...]`.
 
     Returns:
-        The exit code: 0, 2 for a mistake in the recipe or its data, 3 where training diverged, 128 plus the signal's
+        The exit code: 0, 2 for a mistake in the recipe or its data, 3 where training diverged, 4 for a
+        full or failing disk, 128 plus the signal's
         number (143 for SIGTERM, 138 for SIGUSR1, 130 for Ctrl-C) where one stopped it.
     """
     if any(argument in ("-h", "--help") for argument in argv):
@@ -88,6 +89,13 @@ def main(argv: Sequence[str]) -> int:
     except TrainingStoppedError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return error.exit_code
+    except (OSError, RuntimeError) as error:
+        failure = storage_failure(error)
+        if failure is None:
+            raise
+        hint = "checkpoints saved before are whole: make room and give the same command again, with autoresume=true"
+        print(f"error: {failure}; {hint}", file=sys.stderr)  # noqa: T201
+        return 4
     return 0
 
 
