@@ -163,7 +163,8 @@ def _map_file(path: str) -> memoryview:
 class MaskingCollator:
     """Make a masked batch of one fixed shape from samples of one epoch.
 
-    The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64. `num_tokens` (without
+    The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64; `sample_ids` (batch,) int64
+    says which samples of the dataset they are. `num_tokens` (without
     padding) and `num_masked` are Python numbers: the trainer weights losses by them without waiting for the device.
     """
 
@@ -207,6 +208,7 @@ class MaskingCollator:
                 "input_ids": torch.from_numpy(masked),
                 "attention_mask": torch.from_numpy(is_token.astype(np.int64)),
                 "labels": torch.from_numpy(labels),
+                "sample_ids": torch.tensor([sample.sample_id for sample in samples]),
             }
         )
 

@@ -18,7 +18,7 @@ from composer.optim import ComposerScheduler
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, TPConfig
 
 from bert.errors import RecipeError, nearest
-from bert.recipe.callbacks import LossCurve, NaNGuard
+from bert.recipe.callbacks import LossCurve, LossSpike, NaNGuard
 from bert.recipe.loggers import JsonlLogger
 from bert.recipe.optim import WarmupStableDecayScheduler, check_groups, parameter_groups
 from bert.recipe.schema import TrainConfig
@@ -91,6 +91,7 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "activation_monitor": Entry(callbacks.ActivationMonitor),
         "early_stopper": Entry(callbacks.EarlyStopper),
         "loss_curve": Entry(LossCurve),
+        "loss_spike": Entry(LossSpike),
         "lr_monitor": Entry(callbacks.LRMonitor),
         "memory_monitor": Entry(callbacks.MemoryMonitor),
         "memory_snapshot": Entry(callbacks.MemorySnapshot),
@@ -242,6 +243,8 @@ def check_config(config: TrainConfig) -> None:
             raise RecipeError(f"model.config.{key} is {length}, shorter than max_seq_len {config.max_seq_len}")
     if config.autoresume and config.save_folder is None:
         raise RecipeError("autoresume=true needs a save_folder: it goes on from the latest checkpoint in it")
+    if config.rollbacks and ("nan_guard" not in active(config.callbacks) or config.save_folder is None):
+        raise RecipeError("rollbacks needs callbacks.nan_guard, which finds the batch, and a save_folder to go back to")
     _check_parallelism(config.parallelism_config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import logging
 import os
@@ -28,7 +29,7 @@ from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import DataError, RecipeError, storage_failure
 from bert.provenance import versions
 from bert.recipe import builders
-from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, TrainingDivergedError, finite_only
+from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, SkipBatches, TrainingDivergedError, finite_only
 from bert.recipe.resume import check_checkpoint, point_latest_to, run_folder, starting_point
 from bert.recipe.schema import RECIPE_FOLDER, TrainConfig, load_config, to_yaml
 from bert.recipe.stopping import StopOnSignal, TrainingStoppedError, end_with_launcher
@@ -107,11 +108,22 @@ def train(config: TrainConfig) -> TrainResult:
         TrainingDivergedError: the loss or the weights are not finite.
         TrainingStoppedError: SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint of the last batch is saved.
     """
+    skipped: list[int] = []
     with use_kernels(config.kernels):
-        return _train(config)
+        while True:
+            try:
+                return _train(config, skipped)
+            except TrainingDivergedError as error:
+                if error.batch is None or error.checkpoint is None or len(skipped) >= config.rollbacks:
+                    raise
+                log.warning("%s", error)
+                log.warning("rollback %d of %d to %s", len(skipped) + 1, config.rollbacks, error.checkpoint)
+                skipped.append(error.batch)
+            gc.collect()  # the model and the loader of the run that is given up
+            config = dataclasses.replace(config, autoresume=True)
 
 
-def _train(config: TrainConfig) -> TrainResult:
+def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
     builders.check_config(config)
     _configure_logging(config)
     end_with_launcher()
@@ -138,7 +150,11 @@ def _train(config: TrainConfig) -> TrainResult:
     folder = run_folder(config)
     entropy = eval_data.unigram_entropy_nats if eval_data is not None else None
     callbacks = builders.build_callbacks(
-        config, {"loss_curve": {"path": str(folder / "loss.png"), "unigram_entropy": entropy}}
+        config,
+        {
+            "loss_curve": {"path": str(folder / "loss.png"), "unigram_entropy": entropy},
+            "nan_guard": {"path": str(folder / "diverged.json")},
+        },
     )
     loggers = builders.build_loggers(
         config,
@@ -160,7 +176,7 @@ def _train(config: TrainConfig) -> TrainResult:
             optimizers=optimizer,
             schedulers=builders.build_scheduler(config),
             algorithms=builders.build_algorithms(config),
-            callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume(), stop],
+            callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume(), SkipBatches(skipped), stop],
             loggers=loggers,
             **_evaluation_arguments(config, eval_batch),
             **_trainer_arguments(config, device, device_batch, stop),
