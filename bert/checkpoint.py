@@ -268,7 +268,11 @@ def _fields_shown_by(original: dict[str, Tensor]) -> dict[str, Any]:
 
     def read(field: str, name: str, size: Callable[[tuple[int, ...]], Any]) -> None:
         if name in original:
-            fields[field] = size(tuple(original[name].shape))
+            shape = tuple(original[name].shape)
+            try:
+                fields[field] = size(shape)
+            except IndexError:
+                raise CheckpointError(f"{name} has the shape {shape}, which is not this parameter's") from None
 
     read("vocab_size", WORD_EMBEDDINGS, lambda shape: shape[0])
     read("hidden_size", WORD_EMBEDDINGS, lambda shape: shape[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -23,3 +24,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     names = sorted(str(name) for name in known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+def storage_failure(error: Exception) -> str | None:
+    """Say what is wrong with the disk where `error` comes from there; None where it is about something else."""
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+        return f"the checkpoint could not be written ({str(error).splitlines()[0]})"
+    return None

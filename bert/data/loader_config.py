@@ -13,7 +13,7 @@ from streaming.base.format import get_index_basename
 from streaming.base.partition import algos as partition_algorithms
 from streaming.base.shuffle import algos as shuffle_algorithms
 from streaming.base.storage import CloudDownloader
-from streaming.base.util import wait_for_file_to_exist
+from streaming.base.util import retry, wait_for_file_to_exist
 
 from bert.data.metadata import FILE_NAME, DatasetMetadata
 from bert.errors import DataError, nearest
@@ -122,9 +122,18 @@ def _check_options(config: DatasetConfig) -> None:
             raise DataError(
                 f"{key}.local is missing: give the folder of the shards, or where to cache those of a remote"
             )
+        if stream.remote not in (None, stream.local) and _same_folder(str(stream.remote), stream.local):
+            raise DataError(
+                f"{key}.remote is the folder of {key}.local: leave it out, or streaming would delete its shards as copies"
+            )
         if config.cache_limit and stream.remote in (None, stream.local):
             # Streaming would delete the only copy of the shards to stay below the limit (its issue #988).
             raise DataError(f"dataset.cache_limit with {key} that has no remote would delete its shards: leave it out")
+
+
+def _same_folder(remote: str, local: str) -> bool:
+    path = remote.removeprefix("file://")
+    return "://" not in path and os.path.realpath(path) == os.path.realpath(local)
 
 
 def load_metadata(config: DatasetConfig) -> DatasetMetadata:
@@ -140,10 +149,16 @@ def load_metadata(config: DatasetConfig) -> DatasetMetadata:
     parts = {}
     for key, stream in sources(config).items():
         if stream.remote and not (_folder(stream) / FILE_NAME).exists():
-            _fetch_metadata(key, stream, stream.download_timeout or config.download_timeout)
+            attempts = config.download_retry if stream.download_retry is None else stream.download_retry
+            _fetch_metadata(key, stream, stream.download_timeout or config.download_timeout, attempts)
         if not stream.remote:
             _check_folder(key, stream)
-        parts[key] = DatasetMetadata.load(_folder(stream))
+        try:
+            parts[key] = DatasetMetadata.load(_folder(stream))
+        except DataError:
+            if stream.remote not in (None, stream.local):
+                (_folder(stream) / FILE_NAME).unlink(missing_ok=True)  # a damaged copy; the next start fetches another
+            raise
     first_key, first = next(iter(parts.items()))
     for key, part in parts.items():
         for name in ("tokenizer_fingerprint", "vocab_size", "special_token_ids", "seq_len"):
@@ -173,14 +188,15 @@ def _check_folder(key: str, stream: StreamConfig) -> None:
         raise DataError(f"{key}: '{folder}' has no {get_index_basename()}: run its prepare command again to finish it")
 
 
-def _fetch_metadata(key: str, stream: StreamConfig, timeout: float) -> None:
+def _fetch_metadata(key: str, stream: StreamConfig, timeout: float, attempts: int) -> None:
     local = _folder(stream) / FILE_NAME
     remote = os.path.join(stream.remote or "", stream.split or "", FILE_NAME)
     if get_local_rank() != 0:
         wait_for_file_to_exist(str(local), _POLL_SECONDS, timeout, f"{key}: {remote} was not downloaded to {local}")
         return
     try:
-        CloudDownloader.get(stream.remote).download(remote, str(local), timeout)
+        downloader = CloudDownloader.get(stream.remote)
+        retry(num_attempts=max(1, attempts))(lambda: downloader.download(remote, str(local), timeout))()
     except Exception as error:  # each storage service raises errors of its own
         raise DataError(f"{key}: cannot download {remote} ({error}): is it a prepared dataset?") from error
 

@@ -16,7 +16,7 @@ from bert.data.preparation import PrepareSettings, open_source, prepare
 from bert.data.readers import TEXT_DOCUMENTS
 from bert.data.sources import EMBEDDED, HUB_PREFIX
 from bert.data.tokenizer import fingerprint, load_tokenizer, train_wordpiece
-from bert.errors import DataError, RecipeError
+from bert.errors import DataError, RecipeError, storage_failure
 
 __all__ = ["PrepareSettings", "main", "prepare"]
 
@@ -159,7 +159,7 @@ def _trained_tokenizer(settings: PrepareSettings, vocab_size: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 2 for a mistake in what was given, 130 for Ctrl-C."""
+    """Run the command line; return the exit status: 0, 2 for a mistake in what was given, 4 for a full or failing disk, 130 for Ctrl-C."""
     options = vars(_parser().parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     split_name, vocab_size = options.pop("split_name"), options.pop("train_tokenizer")
@@ -177,6 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except OSError as error:
+        failure = storage_failure(error)
+        if failure is None:
+            raise
+        print(f"error: {failure}; whole parts are kept: make room and run the same command again", file=sys.stderr)  # noqa: T201
+        return 4
     except KeyboardInterrupt:
         print("\nstopped; whole parts are kept: run the same command again to go on", file=sys.stderr)  # noqa: T201
         return 130

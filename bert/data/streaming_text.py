@@ -20,7 +20,15 @@ from streaming.base.dataset import _ShardState
 from streaming.base.distributed import get_local_world_size, get_world_size
 
 from bert.data.checked_stream import CheckedStream, check_hash, check_size, remove_files
-from bert.data.loader_config import PREPARE_HINT, DatasetConfig, LoaderConfig, check_metadata, describe, load_metadata, sources
+from bert.data.loader_config import (
+    PREPARE_HINT,
+    DatasetConfig,
+    LoaderConfig,
+    check_metadata,
+    describe,
+    load_metadata,
+    sources,
+)
 from bert.data.masking import IGNORED_LABEL, mask_tokens
 from bert.data.metadata import FILE_NAME, DatasetMetadata
 from bert.errors import DataError
@@ -163,7 +171,8 @@ def _map_file(path: str) -> memoryview:
 class MaskingCollator:
     """Make a masked batch of one fixed shape from samples of one epoch.
 
-    The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64. `num_tokens` (without
+    The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64; `sample_ids` (batch,) int64
+    says which samples of the dataset they are. `num_tokens` (without
     padding) and `num_masked` are Python numbers: the trainer weights losses by them without waiting for the device.
     """
 
@@ -207,6 +216,7 @@ class MaskingCollator:
                 "input_ids": torch.from_numpy(masked),
                 "attention_mask": torch.from_numpy(is_token.astype(np.int64)),
                 "labels": torch.from_numpy(labels),
+                "sample_ids": torch.tensor([sample.sample_id for sample in samples]),
             }
         )
 

@@ -159,6 +159,10 @@ def read_rows(place: Place, task: Task) -> Rows:
     columns = [name for template in task.text for name in _columns_of(template)] + [task.label] * labelled
     torn = 0
     for number, row in enumerate(_records(place, task), 1):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"{place.task}: {place}, row {number} is a JSON {type(row).__name__}; one object a line is read"
+            )
         missing = [name for name in columns if name not in row]
         if missing:
             raise DataError(

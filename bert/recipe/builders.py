@@ -18,7 +18,7 @@ from composer.optim import ComposerScheduler
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, TPConfig
 
 from bert.errors import RecipeError, nearest
-from bert.recipe.callbacks import LoaderMonitor, LossCurve, NaNGuard
+from bert.recipe.callbacks import LoaderMonitor, LossCurve, LossSpike, NaNGuard
 from bert.recipe.loggers import JsonlLogger
 from bert.recipe.optim import DecoupledAdamW, WarmupStableDecayScheduler, check_groups, parameter_groups
 from bert.recipe.schema import TrainConfig
@@ -93,6 +93,7 @@ REGISTRY: dict[str, dict[str, Entry]] = {
         "early_stopper": Entry(callbacks.EarlyStopper),
         "loader_monitor": Entry(LoaderMonitor),
         "loss_curve": Entry(LossCurve),
+        "loss_spike": Entry(LossSpike),
         "lr_monitor": Entry(callbacks.LRMonitor),
         "memory_monitor": Entry(callbacks.MemoryMonitor),
         "memory_snapshot": Entry(callbacks.MemorySnapshot),
@@ -245,6 +246,8 @@ def check_config(config: TrainConfig) -> None:
             raise RecipeError(f"model.config.{key} is {length}, shorter than max_seq_len {config.max_seq_len}")
     if config.autoresume and config.save_folder is None:
         raise RecipeError("autoresume=true needs a save_folder: it goes on from the latest checkpoint in it")
+    if config.rollbacks and ("nan_guard" not in active(config.callbacks) or config.save_folder is None):
+        raise RecipeError("rollbacks needs callbacks.nan_guard, which finds the batch, and a save_folder to go back to")
     _check_parallelism(config.parallelism_config)
     if config.parallelism_config and config.gradient_reduction != "fp32":
         raise RecipeError(

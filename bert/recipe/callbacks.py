@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +18,155 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist, reproducibility
+from torch.distributed.tensor import DTensor
 
+from bert.data.masking import IGNORED_LABEL
 from bert.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+_IDS_SHOWN = 8  # sample ids in a message
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or the weights are not finite; the message says since when, and what to go back to."""
+    """Loss, gradients or weights are not finite; the message says since when, and what to go back to.
+
+    Attributes:
+        batch: whose step did it, counted from 1; None where only the damage was found.
+        checkpoint: the last one, which is sound; None where there is none.
+    """
+
+    def __init__(self, message: str, batch: int | None = None, checkpoint: str | None = None) -> None:
+        super().__init__(message)
+        self.batch = batch
+        self.checkpoint = checkpoint
 
 
 class NaNGuard(Callback):
-    """Stop the run at the first loss that is not a finite number.
+    """Stop the run at the first loss or gradient that is not finite, and write down which samples it came from.
 
     Composer has already brought the loss of the global batch to the host when a batch ends, so looking at it costs
-    nothing and every rank stops together, before a checkpoint of that batch is written.
+    nothing; the gradients' norm is computed before the optimizer's step and looked at after it, with the loss. Every
+    rank stops together, before a checkpoint of that batch is written.
+
+    Args:
+        path: of a JSON file with the batch's sample ids by rank; may hold {run_name}.
     """
 
-    def __init__(self) -> None:
-        # Composer's own __init__ takes any argument, so that a recipe's misspelt ones would pass.
-        super().__init__()
+    def __init__(self, path: str = "runs/{run_name}/diverged.json") -> None:
+        self.path = path
+        self._sample_ids: torch.Tensor | None = None
+        self._gradients_are_bad: torch.Tensor | None = None
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Keep the ids: when the batch ends, Composer has only its last microbatch."""
+        self._sample_ids = state.batch.get("sample_ids") if isinstance(state.batch, Mapping) else None
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Ask, without waiting for the answer, whether the gradients are finite."""
+        self._gradients_are_bad = None
+        if state.scaler is not None and state.scaler.is_enabled():
+            return  # with fp16, infinite gradients are the scaler's daily business
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        if gradients:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self._gradients_are_bad = (~torch.isfinite(norm)).to(torch.uint8).reshape(1)
+            dist.all_reduce(self._gradients_are_bad, reduce_operation="MAX")
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Look at the losses of the batch that just ended."""
+        """Look at the losses and gradients of the batch that just ended."""
         # Composer keeps no losses where fp16 gradient scaling skipped the batch.
-        for name, value in (state.total_loss_dict or {}).items():
-            if not math.isfinite(value):
-                raise TrainingDivergedError(_divergence_message(state, f"{name} is {value}"))
+        bad = [
+            f"{name} is {value}" for name, value in (state.total_loss_dict or {}).items() if not math.isfinite(value)
+        ]
+        if not bad and self._gradients_are_bad is not None and int(self._gradients_are_bad):
+            bad = ["the gradients are not finite"]
+        if bad:
+            raise _diverged(state, bad[0], state.timestamp.batch.value, self._written_ids(state, bad[0]))
+
+    def _written_ids(self, state: State, what: str) -> str:
+        """Write the sample ids of the batch to a file, and say which they are."""
+        if self._sample_ids is None:
+            return ""
+        by_rank: list[list[int]] = dist.all_gather_object(self._sample_ids.tolist())
+        path = Path(format_name_with_dist(self.path, run_name=state.run_name))
+        if dist.get_global_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = {"batch": state.timestamp.batch.value, "reason": what, "sample_ids": by_rank}
+            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        ids = [number for rank in by_rank for number in rank]
+        shown = ", ".join(map(str, ids[:_IDS_SHOWN])) + (", ..." if len(ids) > _IDS_SHOWN else "")
+        return f"; its {len(ids)} samples are {shown} ({path})"
+
+
+class LossSpike(Callback):
+    """Warn of a loss far above those of the batches before it.
+
+    Args:
+        window: batches that it is compared with.
+        deviations: standard deviations above their mean that are a spike ...
+        least: ... and nats above it.
+    """
+
+    def __init__(self, window: int = 100, deviations: float = 6.0, least: float = 0.5) -> None:
+        if window < 2:
+            raise ValueError(f"window must be at least 2 batches, not {window}")
+        self.window = window
+        self.deviations = deviations
+        self.least = least
+        self._losses: deque[float] = deque(maxlen=window)
+        self._sample_ids: torch.Tensor | None = None
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Keep the ids of the batch."""
+        self._sample_ids = state.batch.get("sample_ids") if isinstance(state.batch, Mapping) else None
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Compare the loss of the batch that just ended."""
+        loss = (state.total_loss_dict or {}).get("loss/train/total")
+        if loss is None:
+            return
+        if len(self._losses) == self.window:
+            mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
+            if loss > mean + max(self.least, self.deviations * deviation):
+                ids = [] if self._sample_ids is None else self._sample_ids.tolist()[:_IDS_SHOWN]
+                log.warning(
+                    "batch %d: the loss is %.3f, and was %.3f ± %.3f in the %d batches before; samples of this rank: "
+                    "%s ...",
+                    state.timestamp.batch.value,
+                    loss,
+                    mean,
+                    deviation,
+                    self.window,
+                    ", ".join(map(str, ids)),
+                )
+        self._losses.append(loss)
+
+
+class SkipBatches(Callback):
+    """Pass over batches without a step: after a rollback, those that ruined the run.
+
+    The batch is read and counted, and the schedule moves on; its loss is 0, of no token, and the optimizer is not
+    given a gradient.
+    """
+
+    def __init__(self, batches: Collection[int]) -> None:
+        self.batches = batches
+        self._skipping = False
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Take the labels away, where this is one of the batches."""
+        self._skipping = state.timestamp.batch.value + 1 in self.batches
+        if self._skipping:
+            state.batch = {**state.batch, "labels": torch.full_like(state.batch["labels"], IGNORED_LABEL)}
+            log.warning("batch %d is passed over", state.timestamp.batch.value + 1)
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Take the gradients away."""
+        if self._skipping:
+            for parameter in state.model.parameters():
+                parameter.grad = None
 
 
 def finite_only(due: Callable[[State, Event], bool]) -> Callable[[State, Event], bool]:
@@ -60,13 +187,13 @@ def finite_only(due: Callable[[State, Event], bool]) -> Callable[[State, Event],
         dist.all_reduce(flag, reduce_operation="MAX")
         if int(flag):
             where = f"in {len(bad)} parameters, the first is {bad[0]}" if bad else "on another rank"
-            raise TrainingDivergedError(_divergence_message(state, f"weights are not finite ({where})"))
+            raise _diverged(state, f"weights are not finite ({where})")
         return True
 
     return save_now
 
 
-def _divergence_message(state: State, what: str) -> str:
+def _diverged(state: State, what: str, batch: int | None = None, samples: str = "") -> TrainingDivergedError:
     saved = [
         path
         for saver in state.callbacks
@@ -74,10 +201,11 @@ def _divergence_message(state: State, what: str) -> str:
         for path in saver.all_saved_checkpoints_to_timestamp
     ]
     back = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
-    return (
-        f"training stopped at batch {state.timestamp.batch.value}: {what}; {back}. "
-        "A lower learning rate, a longer warm-up or gradient clipping may help; other data follow with another seed"
+    message = (
+        f"training stopped at batch {state.timestamp.batch.value}: {what}{samples}; {back}. A lower learning rate, a "
+        "longer warm-up or gradient clipping may help; rollbacks=1 goes back to it and passes over the batch"
     )
+    return TrainingDivergedError(message, batch, saved[-1] if saved else None)
 
 
 class LoaderMonitor(Callback):

@@ -81,6 +81,9 @@ class TrainConfig:
     save_overwrite: bool = False  # start over in a folder that holds checkpoints of another run
     load_path: str | None = None  # checkpoint to start from; null: none
     load_weights_only: bool = False  # take the model from load_path, not optimizer, step and data position
+    rollbacks: int = (
+        0  # times that a diverged run goes back to its last checkpoint and passes over the batch that did it
+    )
     autoresume: bool = False  # go on from the latest checkpoint in save_folder where there is one
 
     # --- machine
@@ -218,6 +221,8 @@ def check_keys(cls: type, values: dict[str, Any], prefix: str, path: str) -> Non
         full_key = f"{prefix}{key}"
         if key not in hints:
             raise RecipeError(f"{path}: unknown key '{full_key}': {nearest(str(key), hints)}")
+        if typing.get_origin(hints[key]) is dict and not isinstance(value, dict | None):
+            raise RecipeError(f"{path}: '{full_key}' must be a section with keys, not {value!r}")
         for section, by_name in _dataclasses_of(hints[key]):
             items = (
                 {f".{name}": item for name, item in value.items()}

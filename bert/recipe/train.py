@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import inspect
 import logging
 import os
@@ -26,10 +27,10 @@ from bert.data.metadata import DatasetMetadata
 from bert.data.shared_memory import clean_stale_shared_memory
 from bert.data.streaming_text import build_data_spec
 from bert.data.tokenizer import fingerprint, load_tokenizer
-from bert.errors import DataError, RecipeError
+from bert.errors import DataError, RecipeError, storage_failure
 from bert.provenance import versions
 from bert.recipe import builders
-from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, TrainingDivergedError, finite_only
+from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, SkipBatches, TrainingDivergedError, finite_only
 from bert.recipe.data_parallel import compiled_graphs, set_gradient_reduction
 from bert.recipe.resume import check_checkpoint, point_latest_to, run_folder, starting_point
 from bert.recipe.schema import RECIPE_FOLDER, TrainConfig, load_config, to_yaml
@@ -62,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line `RECIPE.yaml [key=value ...]`.
 
     Returns:
-        The exit code: 0, 2 for a mistake in the recipe or its data, 3 where training diverged, 128 plus the signal's
+        The exit code: 0, 2 for a mistake in the recipe or its data, 3 where training diverged, 4 for a
+        full or failing disk, 128 plus the signal's
         number (143 for SIGTERM, 138 for SIGUSR1, 130 for Ctrl-C) where one stopped it.
     """
     if any(argument in ("-h", "--help") for argument in argv):
@@ -90,6 +92,13 @@ def main(argv: Sequence[str]) -> int:
     except TrainingStoppedError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return error.exit_code
+    except (OSError, RuntimeError) as error:
+        failure = storage_failure(error)
+        if failure is None:
+            raise
+        hint = "checkpoints saved before are whole: make room and give the same command again, with autoresume=true"
+        print(f"error: {failure}; {hint}", file=sys.stderr)  # noqa: T201
+        return 4
     return 0
 
 
@@ -101,11 +110,22 @@ def train(config: TrainConfig) -> TrainResult:
         TrainingDivergedError: the loss or the weights are not finite.
         TrainingStoppedError: SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint of the last batch is saved.
     """
+    skipped: list[int] = []
     with use_kernels(config.kernels):
-        return _train(config)
+        while True:
+            try:
+                return _train(config, skipped)
+            except TrainingDivergedError as error:
+                if error.batch is None or error.checkpoint is None or len(skipped) >= config.rollbacks:
+                    raise
+                log.warning("%s", error)
+                log.warning("rollback %d of %d to %s", len(skipped) + 1, config.rollbacks, error.checkpoint)
+                skipped.append(error.batch)
+            gc.collect()  # the model and the loader of the run that is given up
+            config = dataclasses.replace(config, autoresume=True)
 
 
-def _train(config: TrainConfig) -> TrainResult:
+def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
     builders.check_config(config)
     _configure_logging(config)
     end_with_launcher()
@@ -132,7 +152,11 @@ def _train(config: TrainConfig) -> TrainResult:
     folder = run_folder(config)
     entropy = eval_data.unigram_entropy_nats if eval_data is not None else None
     callbacks = builders.build_callbacks(
-        config, {"loss_curve": {"path": str(folder / "loss.png"), "unigram_entropy": entropy}}
+        config,
+        {
+            "loss_curve": {"path": str(folder / "loss.png"), "unigram_entropy": entropy},
+            "nan_guard": {"path": str(folder / "diverged.json")},
+        },
     )
     loggers = builders.build_loggers(
         config,
@@ -154,7 +178,7 @@ def _train(config: TrainConfig) -> TrainResult:
             optimizers=optimizer,
             schedulers=builders.build_scheduler(config),
             algorithms=builders.build_algorithms(config),
-            callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume(), stop],
+            callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume(), SkipBatches(skipped), stop],
             loggers=loggers,
             **_evaluation_arguments(config, eval_batch),
             **_trainer_arguments(config, device, device_batch, stop),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,12 +32,14 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def write_split(folder: Path, num_samples: int, seed: int, *, seq_len: int = SEQ_LEN, fingerprint: str = "abc") -> None:
+def write_split(
+    folder: Path, num_samples: int, seed: int, *, seq_len: int = SEQ_LEN, fingerprint: str = "abc", **writing: Any
+) -> None:
     """Shards of a few frequent and many rare tokens, so that a model learns something within a few steps."""
     generator = np.random.default_rng(seed)
     ordinary = np.arange(len(SPECIAL), VOCAB_SIZE)
     frequency = 0.7 ** np.arange(len(ordinary))
-    with MDSWriter(out=str(folder), columns={"input_ids": "ndarray:uint16"}, exist_ok=True) as writer:
+    with MDSWriter(out=str(folder), columns={"input_ids": "ndarray:uint16"}, exist_ok=True, **writing) as writer:
         for _ in range(num_samples):
             body = generator.choice(ordinary, seq_len - 1, p=frequency / frequency.sum())
             writer.write({"input_ids": np.concatenate([[SPECIAL["cls"]], body]).astype(np.uint16)})

@@ -44,6 +44,7 @@ def state(batch: int = 1, loss: float = 1.0, **changes: Any) -> Any:
         "max_duration": Time(100, "ba"),
         "get_elapsed_duration": lambda: Time(batch / 100, "dur"),
         "eval_metrics": {},
+        "batch": {},
         **changes,
     }
     return SimpleNamespace(**values)
