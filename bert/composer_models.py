@@ -27,9 +27,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 def gather_scalars(value: Tensor, group: Any = None) -> list[Tensor]:
     """Return the scalar of each rank; unlike torchmetrics' own, without a barrier, for which the host would wait."""
-    gathered = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(gathered, value, group=group)
-    return gathered
+    values = value.new_zeros(torch.distributed.get_world_size(group))
+    values[torch.distributed.get_rank(group)] = value
+    torch.distributed.all_reduce(values, group=group)
+    return list(values.unbind())
 
 
 class MaskedCrossEntropy(Metric):

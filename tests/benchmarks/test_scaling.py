@@ -62,7 +62,7 @@ def run(scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *o
 def test_scaling_and_variants(
     scaling: ModuleType, launches: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    names = ["default", "composer-adamw+bf16-reduce", "profile", "default"]
+    names = ["default", "profile+composer-adamw+bf16-reduce"]
     figures = run(scaling, monkeypatch, tmp_path, "--gpus", "2,1", "--variants", ",".join(names))
     assert [[*command[3:5], Path(command[5]).name] for command in launches] == [
         ["-n", "1", "main.py"],

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +20,6 @@ from bert.recipe.schema import TrainConfig, load_config
 from bert.recipe.train import main, train
 from monarch_mixer.kernels import kernels_enabled
 
-REPOSITORY = Path(__file__).parents[3]
 SEQ_LEN = 16
 
 Recipe = Callable[..., Path]
@@ -129,21 +125,6 @@ def test_the_kernels_switch_holds_while_the_model_is_built_and_trained(
         assert seen == {"built": {expected}, "trained": {expected}}
         assert kernels_enabled()
         seen = {"built": set(), "trained": set()}
-
-
-@pytest.mark.slow
-def test_two_ranks_train_like_one(recipe: Recipe, tmp_path: Path) -> None:
-    path = str(recipe())
-    launcher = Path(sys.executable).with_name("composer")
-    for ranks in (1, 2):
-        overrides = [f"run_name=n{ranks}", "model.config.hidden_dropout_prob=0.0", "max_duration=6ba"]
-        command = [str(launcher), "-n", str(ranks), str(REPOSITORY / "main.py"), path, *overrides]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, timeout=300, env=environment, cwd=tmp_path, capture_output=True)
-    one, two = (tmp_path / "runs" / name for name in ("n1", "n2"))
-    assert list(losses(one).values()) == pytest.approx(list(losses(two).values()), abs=1e-4)
-    metric = "metrics/eval/MaskedCrossEntropy"
-    assert lines(one, "eval")[-1][metric] == pytest.approx(lines(two, "eval")[-1][metric], abs=1e-4)
 
 
 def test_a_run_without_evaluation_and_without_saving(recipe: Recipe, tmp_path: Path) -> None:
