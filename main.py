@@ -2,7 +2,9 @@
 
 import sys
 
+from bert.recipe.stopping import end_with_launcher
 from bert.recipe.train import main
 
 if __name__ == "__main__":
+    end_with_launcher()
     sys.exit(main(sys.argv[1:]))

@@ -97,6 +97,7 @@ class TrainConfig:
     overlap_reduction: bool = False  # with compile: cut the graph, so that reduction starts within the backward pass
     deterministic: bool = False  # deterministic kernels only: slower
     dist_timeout: float = 600.0  # seconds until a collective that hangs is an error
+    heartbeat_timeout: float = 20.0  # seconds without a sign of life of a rank until the job ends; 0: for ever
 
     # --- estimate, without data and without training
     dry_run: bool = False  # print parameters, operations, tokens, steps and time, and stop

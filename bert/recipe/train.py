@@ -32,9 +32,10 @@ from bert.provenance import versions
 from bert.recipe import builders
 from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, SkipBatches, TrainingDivergedError, finite_only
 from bert.recipe.data_parallel import compiled_graphs, set_gradient_reduction
+from bert.recipe.heartbeat import LOST_RANK_EXIT_CODE, Heartbeat, LostRankError
 from bert.recipe.resume import check_checkpoint, point_latest_to, run_folder, starting_point
 from bert.recipe.schema import RECIPE_FOLDER, TrainConfig, load_config, to_yaml
-from bert.recipe.stopping import StopOnSignal, TrainingStoppedError, end_with_launcher
+from bert.recipe.stopping import StopOnSignal, TrainingStoppedError
 from bert.safe_loading import safe_loading
 from monarch_mixer.kernels import use_kernels
 
@@ -63,9 +64,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line `RECIPE.yaml [key=value ...]`.
 
     Returns:
-        The exit code: 0, 2 for a mistake in the recipe or its data, 3 where training diverged, 4 for a
-        full or failing disk, 128 plus the signal's
-        number (143 for SIGTERM, 138 for SIGUSR1, 130 for Ctrl-C) where one stopped it.
+        The exit code: 0, 2 for a mistake in the recipe or its data, 3 where training diverged, 4 for a full or failing
+        disk, 5 where another rank was lost, 128 plus the signal's number (143 for SIGTERM, 138 for SIGUSR1, 130 for
+        Ctrl-C) where one stopped it.
     """
     if any(argument in ("-h", "--help") for argument in argv):
         print(USAGE, inspect.getsource(TrainConfig), sep="\n")  # noqa: T201
@@ -84,11 +85,14 @@ def main(argv: Sequence[str]) -> int:
         else:
             train(config)
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        _say(error)
         return 2
     except TrainingDivergedError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        _say(error)
         return 3
+    except LostRankError as error:
+        _say(error)
+        return LOST_RANK_EXIT_CODE
     except TrainingStoppedError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return error.exit_code
@@ -97,9 +101,18 @@ def main(argv: Sequence[str]) -> int:
         if failure is None:
             raise
         hint = "checkpoints saved before are whole: make room and give the same command again, with autoresume=true"
-        print(f"error: {failure}; {hint}", file=sys.stderr)  # noqa: T201
+        _say(f"{failure}; {hint}")
         return 4
     return 0
+
+
+def _say(error: object) -> None:
+    """Print an error, with its rank, and without the traceback that a loader's worker puts around its own."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition("Error: ")[2] or text
+    rank = f"rank {dist.get_global_rank()}: " if dist.get_world_size() > 1 else ""
+    print(f"error: {rank}{text}", file=sys.stderr)  # noqa: T201
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -128,7 +141,6 @@ def train(config: TrainConfig) -> TrainResult:
 def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
     builders.check_config(config)
     _configure_logging(config)
-    end_with_launcher()
     device = training_device(config.device)
     config = _for_device(config, device)
     world_size = dist.get_world_size()
@@ -170,7 +182,7 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
     optimizer = builders.build_optimizer(config, model)
     if dist.get_global_rank() == 0:
         _write_recipe(config, folder)
-    stop = StopOnSignal()
+    stop, heartbeat = StopOnSignal(), Heartbeat(config.heartbeat_timeout)
     with safe_loading():
         trainer = Trainer(
             model=model,
@@ -178,7 +190,7 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
             optimizers=optimizer,
             schedulers=builders.build_scheduler(config),
             algorithms=builders.build_algorithms(config),
-            callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume(), SkipBatches(skipped), stop],
+            callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume(), SkipBatches(skipped), heartbeat, stop],
             loggers=loggers,
             **_evaluation_arguments(config, eval_batch),
             **_trainer_arguments(config, device, device_batch, stop),
@@ -188,7 +200,7 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
         elapsed = trainer.state.get_elapsed_duration()
         if elapsed is None or elapsed.value < 1.0:
             graphs = compiled_graphs(cut=config.overlap_reduction) if config.compile else contextlib.nullcontext()
-            with stop.listening(), graphs:
+            with stop.listening(), heartbeat.watching(), graphs:
                 trainer.fit()
         else:
             log.info("nothing to do: the checkpoint already is at max_duration %s", config.max_duration)
