@@ -24,6 +24,7 @@ from bert.errors import DataError
 
 COLUMN = "input_ids"
 _EVALUATION_EPOCH = 0
+_WIDTH_MULTIPLE = 16  # of batches as wide as their longest sample: kernels then load several tokens at once
 _MAPPED_SHARDS = 128  # kept open by a process; each holds a file descriptor, of which a process may have 1,024
 
 
@@ -120,14 +121,23 @@ def _map_file(path: str) -> memoryview:
 
 
 class MaskingCollator:
-    """Make a masked batch of one fixed shape from samples of one epoch.
+    """Make a masked batch from samples of one epoch: of one fixed shape, or as wide as its longest sample.
 
-    The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64. `num_tokens` (without
+    The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64, or narrower. `num_tokens` (without
     padding) and `num_masked` are Python numbers: the trainer weights losses by them without waiting for the device.
     """
 
-    def __init__(self, metadata: DatasetMetadata, *, max_seq_len: int, mlm_probability: float, seed: int) -> None:
+    def __init__(
+        self,
+        metadata: DatasetMetadata,
+        *,
+        max_seq_len: int,
+        mlm_probability: float,
+        seed: int,
+        pad_to_longest: bool = False,
+    ) -> None:
         self.metadata = metadata
+        self.pad_to_longest = pad_to_longest
         self.max_seq_len = max_seq_len
         self.mlm_probability = mlm_probability
         self.seed = seed
@@ -141,7 +151,10 @@ class MaskingCollator:
                 f"sample {samples[int(lengths.argmax())].sample_id} has {lengths.max()} tokens, more than max_seq_len "
                 f"{self.max_seq_len} and than its {FILE_NAME} says; prepare the dataset again"
             )
-        is_token = np.arange(self.max_seq_len) < lengths[:, None]
+        width = self.max_seq_len
+        if self.pad_to_longest:
+            width = min(width, -(-int(lengths.max()) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE)
+        is_token = np.arange(width) < lengths[:, None]
         ids = np.full(is_token.shape, special["pad"], dtype=np.int64)
         ids[is_token] = np.concatenate([sample.tokens for sample in samples])
         masked, labels = mask_tokens(
@@ -202,7 +215,7 @@ def build_data_spec(
     Args:
         config: what to read and how.
         device_batch_size: samples a rank and step.
-        max_seq_len: length that every batch is padded to, in tokens.
+        max_seq_len: length that every batch is padded to, in tokens; with `pad_to_longest` the most it may be.
         seed: of the run, the same on all ranks.
         train: False: the masks of epoch 0 in every evaluation, and an incomplete last batch is kept.
 
@@ -210,8 +223,8 @@ def build_data_spec(
         DataError: the dataset is missing, does not fit, or has options that cannot work together.
     """
     data = config.dataset
-    metadata = load_metadata(data)
-    check_metadata(metadata, max_seq_len=max_seq_len)
+    metadata = load_metadata(data, any_length=config.pad_to_longest)
+    check_metadata(metadata, max_seq_len=max_seq_len, any_length=config.pad_to_longest)
     dataset = _build_dataset(data, device_batch_size, seed, train)
     drop_last = train if config.drop_last is None else config.drop_last
     global_batch = device_batch_size * max(1, get_world_size() // (data.replication or 1))
@@ -225,6 +238,7 @@ def build_data_spec(
         max_seq_len=max_seq_len,
         mlm_probability=data.mlm_probability,
         seed=seed if data.mask_seed is None else data.mask_seed,
+        pad_to_longest=config.pad_to_longest,
     )
     workers = config.num_workers > 0
     loader = StreamingDataLoader(

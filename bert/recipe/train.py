@@ -115,7 +115,7 @@ def _train(config: TrainConfig) -> TrainResult:
     train_data, eval_data = _check_data(config, model)
     record = _record(config, train_data)
     if start is not None:
-        check_checkpoint(start, record)
+        check_checkpoint(start, record, model)
 
     folder = run_folder(config)
     entropy = eval_data.unigram_entropy_nats if eval_data is not None else None
@@ -220,10 +220,18 @@ def _check_data(config: TrainConfig, model: MaskedLanguageModel) -> tuple[Datase
         if loader is None:
             found.append(None)
             continue
+        if loader.pad_to_longest and not getattr(model.model.config, "leaves_padding_out", True):
+            raise RecipeError(
+                f"{name}.pad_to_longest wants a model that leaves padding out: set model.config.mask_padding to true"
+            )
         try:
-            metadata = load_metadata(loader.dataset)
+            metadata = load_metadata(loader.dataset, any_length=loader.pad_to_longest)
             check_metadata(
-                metadata, max_seq_len=config.max_seq_len, vocab_size=vocab_size, tokenizer_fingerprint=expected
+                metadata,
+                max_seq_len=config.max_seq_len,
+                vocab_size=vocab_size,
+                tokenizer_fingerprint=expected,
+                any_length=loader.pad_to_longest,
             )
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
