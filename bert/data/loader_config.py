@@ -131,8 +131,8 @@ def _check_options(config: DatasetConfig) -> None:
 def load_metadata(config: DatasetConfig, *, any_length: bool = False) -> DatasetMetadata:
     """Read what the dataset holds, fetching `metadata.json` from a remote into the local folder where it is missing.
 
-    Several streams must agree on tokenizer and, but for `any_length`, on sample length (the greatest is returned); their
-    counts are added, and the unigram entropy is the mean over their tokens.
+    Several streams must agree on tokenizer and, but for `any_length`, on sample length (the greatest is returned).
+    Their counts are added, and the unigram entropy is the mean over their tokens.
 
     Raises:
         DataError: options that cannot work, a folder that is missing or unfinished, or streams that differ.

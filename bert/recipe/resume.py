@@ -120,7 +120,7 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any], model: nn
 
 
 def _check_shapes(path: Path, weights: Mapping[str, Any], model: nn.Module) -> None:
-    """Raise CheckpointError where weights have other shapes than the model's; for another length say how to change it."""
+    """Raise CheckpointError where weights have other shapes than the model's; say what to do about another length."""
     own = {name: value.shape for name, value in model.state_dict().items()}
     given = {name.removeprefix("module."): value.shape for name, value in weights.items()}
     differ = [name for name in own if name in given and given[name] != own[name]]
@@ -133,7 +133,8 @@ def _check_shapes(path: Path, weights: Mapping[str, Any], model: nn.Module) -> N
             f"python -m bert.extend_context {path} {here} --out DIR makes it one" if there < here else "that is longer"
         )
         raise CheckpointError(
-            f"load_path: {path} is a model for {there} tokens, the recipe's is for {here}: {hint}; or set max_seq_len={there}"
+            f"load_path: {path} is a model for {there} tokens, the recipe's is for {here}: {hint}; or set "
+            f"max_seq_len={there}"
         )
     shapes = "".join(f"\n  {name}: {tuple(given[name])} there, {tuple(own[name])} here" for name in differ[:10])
     raise CheckpointError(f"load_path: {path} holds another model:{shapes}")
