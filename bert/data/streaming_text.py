@@ -124,7 +124,8 @@ class MaskingCollator:
     """Make a masked batch from samples of one epoch: of one fixed shape, or as wide as its longest sample.
 
     The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64, or narrower. `num_tokens`
-    (without padding) and `num_masked` are Python numbers: the trainer weights losses by them without waiting for the device.
+    (without padding) and `num_masked` are Python numbers: the trainer weights losses by them without waiting for the
+    device.
     """
 
     def __init__(
