@@ -76,6 +76,7 @@ class LoaderConfig:
     """A data loader: what it reads, and how many processes prepare its batches."""
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    pad_to_longest: bool = False  # batches as wide as their longest sample; for models that leave padding out
     num_workers: int = 2  # processes a rank; 0: batches are made in the training process
     prefetch_factor: int | None = None  # batches that a worker has ready; None: 2; no effect without workers
     persistent_workers: bool = True  # keep the workers between epochs and evaluations; no effect without workers
@@ -136,11 +137,11 @@ def _same_folder(remote: str, local: str) -> bool:
     return "://" not in path and os.path.realpath(path) == os.path.realpath(local)
 
 
-def load_metadata(config: DatasetConfig) -> DatasetMetadata:
+def load_metadata(config: DatasetConfig, *, any_length: bool = False) -> DatasetMetadata:
     """Read what the dataset holds, fetching `metadata.json` from a remote into the local folder where it is missing.
 
-    Several streams must agree on tokenizer and sample length; their counts are added, and the unigram entropy is the
-    mean over their tokens.
+    Several streams must agree on tokenizer and, but for `any_length`, on sample length (the greatest is returned).
+    Their counts are added, and the unigram entropy is the mean over their tokens.
 
     Raises:
         DataError: options that cannot work, a folder that is missing or unfinished, or streams that differ.
@@ -160,8 +161,9 @@ def load_metadata(config: DatasetConfig) -> DatasetMetadata:
                 (_folder(stream) / FILE_NAME).unlink(missing_ok=True)  # a damaged copy; the next start fetches another
             raise
     first_key, first = next(iter(parts.items()))
+    same = ("tokenizer_fingerprint", "vocab_size", "special_token_ids", *(() if any_length else ("seq_len",)))
     for key, part in parts.items():
-        for name in ("tokenizer_fingerprint", "vocab_size", "special_token_ids", "seq_len"):
+        for name in same:
             if getattr(part, name) != getattr(first, name):
                 raise DataError(
                     f"{key} and {first_key} differ in {name} ({getattr(part, name)} and {getattr(first, name)}): "
@@ -171,7 +173,7 @@ def load_metadata(config: DatasetConfig) -> DatasetMetadata:
     entropy = sum(part.unigram_entropy_nats * part.num_tokens for part in parts.values())
     total = sum(part.num_tokens for part in parts.values())
     return replace(
-        first,
+        max(parts.values(), key=lambda part: part.seq_len),
         unigram_entropy_nats=entropy / max(1, total),
         **{name: sum(getattr(part, name) for part in parts.values()) for name in counts},
     )
@@ -207,6 +209,7 @@ def check_metadata(
     max_seq_len: int,
     vocab_size: int | None = None,
     tokenizer_fingerprint: str | None = None,
+    any_length: bool = False,
 ) -> None:
     """Refuse a dataset that does not fit the model.
 
@@ -215,12 +218,13 @@ def check_metadata(
         max_seq_len: tokens of a batch's row.
         vocab_size: rows of the model's embedding, padding to a round number included; None: not checked.
         tokenizer_fingerprint: of the tokenizer that the recipe names; None: not checked.
+        any_length: whether samples may be shorter than `max_seq_len` in any layout.
 
     Raises:
         DataError: the sample length, the vocabulary or the tokenizer differs; the message says what to do.
     """
     length = metadata.seq_len
-    if length > max_seq_len or (metadata.layout == "concat" and length != max_seq_len):
+    if length > max_seq_len or (metadata.layout == "concat" and length != max_seq_len and not any_length):
         raise DataError(
             f"the shards hold samples of {length} tokens ({metadata.layout} layout) and max_seq_len is {max_seq_len}: "
             f"set max_seq_len: {length}, or prepare the text again with a length of {max_seq_len}"

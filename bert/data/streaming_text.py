@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 COLUMN = "input_ids"
 _EVALUATION_EPOCH = 0
 _SECONDS_AFTER_SIGTERM = 60  # that a worker has left
+_WIDTH_MULTIPLE = 16  # of batches as wide as their longest sample: kernels then load several tokens at once
 _MAPPED_SHARDS = 128  # kept open by a process; each holds a file descriptor, of which a process may have 1,024
 
 
@@ -169,15 +170,24 @@ def _map_file(path: str) -> memoryview:
 
 
 class MaskingCollator:
-    """Make a masked batch of one fixed shape from samples of one epoch.
+    """Make a masked batch from samples of one epoch: of one fixed shape, or as wide as its longest sample.
 
-    The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64; `sample_ids` (batch,) int64
-    says which samples of the dataset they are. `num_tokens` (without
-    padding) and `num_masked` are Python numbers: the trainer weights losses by them without waiting for the device.
+    The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64, or narrower; `sample_ids`
+    (batch,) int64 says which samples of the dataset they are. `num_tokens` (without padding) and `num_masked` are Python
+    numbers: the trainer weights losses by them without waiting for the device.
     """
 
-    def __init__(self, metadata: DatasetMetadata, *, max_seq_len: int, mlm_probability: float, seed: int) -> None:
+    def __init__(
+        self,
+        metadata: DatasetMetadata,
+        *,
+        max_seq_len: int,
+        mlm_probability: float,
+        seed: int,
+        pad_to_longest: bool = False,
+    ) -> None:
         self.metadata = metadata
+        self.pad_to_longest = pad_to_longest
         self.max_seq_len = max_seq_len
         self.mlm_probability = mlm_probability
         self.seed = seed
@@ -198,7 +208,10 @@ class MaskingCollator:
                 f"sample {wrong.sample_id} holds the token id {wrong.tokens.max()}, and the vocabulary has "
                 f"{self.metadata.vocab_size}: its shard is damaged; set validate_hash, or prepare the dataset again"
             )
-        is_token = np.arange(self.max_seq_len) < lengths[:, None]
+        width = self.max_seq_len
+        if self.pad_to_longest:
+            width = min(width, -(-int(lengths.max()) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE)
+        is_token = np.arange(width) < lengths[:, None]
         ids = np.full(is_token.shape, special["pad"], dtype=np.int64)
         ids[is_token] = tokens
         masked, labels = mask_tokens(
@@ -260,7 +273,7 @@ def build_data_spec(
     Args:
         config: what to read and how.
         device_batch_size: samples a rank and step.
-        max_seq_len: length that every batch is padded to, in tokens.
+        max_seq_len: length that every batch is padded to, in tokens; with `pad_to_longest` the most it may be.
         seed: of the run, the same on all ranks.
         train: False: the masks of epoch 0 in every evaluation, and an incomplete last batch is kept.
 
@@ -268,8 +281,8 @@ def build_data_spec(
         DataError: the dataset is missing, does not fit, or has options that cannot work together.
     """
     data = config.dataset
-    metadata = load_metadata(data)
-    check_metadata(metadata, max_seq_len=max_seq_len)
+    metadata = load_metadata(data, any_length=config.pad_to_longest)
+    check_metadata(metadata, max_seq_len=max_seq_len, any_length=config.pad_to_longest)
     dataset = _build_dataset(data, metadata, device_batch_size, seed, train)
     _check_cache_limit(dataset, config, device_batch_size)
     drop_last = train if config.drop_last is None else config.drop_last
@@ -284,6 +297,7 @@ def build_data_spec(
         max_seq_len=max_seq_len,
         mlm_probability=data.mlm_probability,
         seed=seed if data.mask_seed is None else data.mask_seed,
+        pad_to_longest=config.pad_to_longest,
     )
     workers = config.num_workers > 0
     loader = StreamingDataLoader(
@@ -385,7 +399,8 @@ def _check_shards(dataset: StreamingTextDataset, metadata: DatasetMetadata) -> N
             raise DataError(
                 f"'{path}' has the columns {', '.join(shard.column_names)} and not {COLUMN}; {PREPARE_HINT}"
             )
-        if shard.column_encodings != [encodings[0]] and shard.column_encodings != [encodings[1]]:
+        # Streams of several lengths have each its own.
+        if len(dataset.streams) == 1 and shard.column_encodings not in ([encodings[0]], [encodings[1]]):
             found = ", ".join(shard.column_encodings)
             raise DataError(f"'{path}' holds {found} and not {encodings[1]}, as its {FILE_NAME} says; {PREPARE_HINT}")
         if dataset.streams[stream_id].remote is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from composer.utils import format_name_with_dist, is_tar
+from torch import nn
 
 from bert.errors import CheckpointError, RecipeError
 from bert.recipe.callbacks import RecipeRecord, check_record, differences
@@ -143,7 +144,7 @@ def point_latest_to(start: StartingPoint | None, config: TrainConfig) -> None:
     os.replace(temporary, latest)
 
 
-def check_checkpoint(start: StartingPoint, current: Mapping[str, Any]) -> None:
+def check_checkpoint(start: StartingPoint, current: Mapping[str, Any], model: nn.Module | None = None) -> None:
     """Compare the record in a checkpoint with this run's, before Composer loads it; warn of other settings.
 
     Where only the weights are taken over, dropout and the like may differ; the tokenizer may not.
@@ -151,6 +152,7 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any]) -> None:
     Args:
         start: the checkpoint; a folder (sharded FSDP) is left to Composer.
         current: this run's record (see `RecipeRecord`).
+        model: this run's; where only the weights are taken over, their shapes are compared with its own.
 
     Raises:
         CheckpointError: the file is unreadable, unsafe, or another model's or tokenizer's.
@@ -162,6 +164,8 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any]) -> None:
         callbacks = content["state"].get("callbacks", {})
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{start.path} is not a Composer checkpoint: it has no training state") from error
+    if start.weights_only and model is not None:
+        _check_shapes(start.path, content["state"].get("model") or {}, model)
     stored = callbacks.get(RecipeRecord.__qualname__)
     if stored is None:
         return
@@ -177,3 +181,24 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any]) -> None:
             start.path,
             "; ".join(changes),
         )
+
+
+def _check_shapes(path: Path, weights: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise CheckpointError where weights have other shapes than the model's; say what to do about another length."""
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    given = {name.removeprefix("module."): value.shape for name, value in weights.items()}
+    differ = [name for name in own if name in given and given[name] != own[name]]
+    if not differ:
+        return
+    tied = (".position_embeddings.weight", ".position_features", ".times")  # to the length: axis 0
+    if all(name.endswith(tied) and given[name][1:] == own[name][1:] for name in differ):
+        there, here = given[differ[0]][0], own[differ[0]][0]
+        hint = (
+            f"python -m bert.extend_context {path} {here} --out DIR makes it one" if there < here else "that is longer"
+        )
+        raise CheckpointError(
+            f"load_path: {path} is a model for {there} tokens, the recipe's is for {here}: {hint}; or set "
+            f"max_seq_len={there}"
+        )
+    shapes = "".join(f"\n  {name}: {tuple(given[name])} there, {tuple(own[name])} here" for name in differ[:10])
+    raise CheckpointError(f"load_path: {path} holds another model:{shapes}")

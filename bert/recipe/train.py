@@ -156,7 +156,7 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
     train_data, eval_data = _check_data(config, model)
     record = _record(config, train_data)
     if start is not None:
-        check_checkpoint(start, record)
+        check_checkpoint(start, record, model)
     if dist.get_local_rank() == 0:
         point_latest_to(start, config)
     dist.barrier()
@@ -272,10 +272,18 @@ def _check_data(config: TrainConfig, model: MaskedLanguageModel) -> tuple[Datase
         if loader is None:
             found.append(None)
             continue
+        if loader.pad_to_longest and not getattr(model.model.config, "leaves_padding_out", True):
+            raise RecipeError(
+                f"{name}.pad_to_longest wants a model that leaves padding out: set model.config.mask_padding to true"
+            )
         try:
-            metadata = load_metadata(loader.dataset)
+            metadata = load_metadata(loader.dataset, any_length=loader.pad_to_longest)
             check_metadata(
-                metadata, max_seq_len=config.max_seq_len, vocab_size=vocab_size, tokenizer_fingerprint=expected
+                metadata,
+                max_seq_len=config.max_seq_len,
+                vocab_size=vocab_size,
+                tokenizer_fingerprint=expected,
+                any_length=loader.pad_to_longest,
             )
         except DataError as error:
             raise DataError(f"{name}: {error}") from error

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 DECAY_TARGET = 1e-2
 FAST_DECAY_FRACTION = 0.3
 SLOW_DECAY_FRACTION = 1.5
+# How a filter is made longer: see `extend_positions`.
+EXTENSION_MODES = ("keep-taps", "tile", "interpolate")
 
 
 class FilterNetwork(nn.Module):
@@ -210,13 +212,74 @@ def _stacked_taps(features: Tensor, frequency: Tensor, weights: Sequence[Tensor]
     return torch.bmm(weights[6].to(hidden.dtype), hidden.mT)
 
 
-def position_grid(max_length: int, num_features: int) -> tuple[Tensor, Tensor]:
-    """Return times (max_length,) in [0, 1] and the initial position features (max_length, num_features).
+def position_grid(max_length: int, num_features: int, period: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return times (max_length,) and the initial position features (max_length, num_features).
 
-    Features: the time, then cosines and negative sines of 2 pi l / max_length at frequencies from 1e-4 up.
+    Features: the time, then cosines and negative sines of 2 pi l / period at frequencies from 1e-4 up.
+
+    Args:
+        max_length: positions.
+        num_features: odd, at least 3.
+        period: positions of the grid, over which times go from 0 to 1; None: all. Fewer than `max_length`, and the
+            grid goes on past 1 with its spacing.
     """
-    times = torch.linspace(0, 1, max_length)
+    period = max_length if period is None else period
+    times = torch.linspace(0, (max_length - 1) / max(1, period - 1), max_length)
     num_bands = (num_features - 1) // 2
     bands = torch.linspace(1e-4, num_bands - 1, num_bands)
-    angles = 2 * math.pi * torch.arange(max_length)[:, None] / max_length * bands
+    angles = 2 * math.pi * torch.arange(max_length)[:, None] / period * bands
     return times, torch.cat([times[:, None], angles.cos(), -angles.sin()], dim=1)
+
+
+def extend_positions(features: Tensor, times: Tensor, length: int, mode: str) -> tuple[Tensor, Tensor]:
+    """Extend what a filter knows of positions, and so the filter itself, to a greater length.
+
+    A filter's tap at lag l is `network(features[l]) * exp(-times[l] * rate)`, so that these two tensors, and nothing
+    else in it, depend on the length. By mode:
+
+    - "keep-taps": rows and times of the old lags stay as they are, bit for bit, and with them the taps. The grid goes
+      on past them with its spacing (times past 1), each feature displaced from it by what training moved the last row.
+      The decay goes on too: at first the new taps are small.
+    - "tile": rows repeat; times are spread anew over their old span, [0, 1], so that every channel decays more slowly,
+      by the ratio of the lengths. What the original code does to extend its models, but that it zeroes the first rows.
+    - "interpolate": the old filter at stretched lags. The tap at lag l is the old one at lag
+      l * (old - 1) / (length - 1); between two old lags the rows are interpolated linearly.
+
+    Args:
+        features: (old, num_features), learned.
+        times: (old,), evenly spaced from 0; past 1 where "keep-taps" extended them before.
+        length: the new one, greater than `old`.
+        mode: one of EXTENSION_MODES.
+
+    Returns:
+        Features (length, num_features) and times (length,), in the dtypes given.
+
+    Raises:
+        ValueError: an unknown mode, a length that is not greater, or times that are not evenly spaced from 0.
+    """
+    old, num_features = features.shape
+    if mode not in EXTENSION_MODES:
+        raise ValueError(f"mode '{mode}' is none of {', '.join(EXTENSION_MODES)}")
+    if length <= old or old < 2:
+        raise ValueError(f"a filter of {old} positions cannot be extended to {length}")
+    last = times[-1].item()
+    even = torch.linspace(0, last, old, dtype=torch.float64)
+    if not last > 0 or (times.double() - even).abs().max() > 0.1 * last / (old - 1):
+        raise ValueError("the filter's times are not evenly spaced from 0, so that they cannot be continued")
+    if mode == "keep-taps":
+        period = round((old - 1) / last) + 1
+        new_times, grid = position_grid(length, num_features, period)
+        moved = features[-1] - grid[old - 1].to(features)
+        new_features = grid.to(features) + moved
+        new_features[:old], new_times[:old] = features, times
+    else:
+        new_times = torch.linspace(0, last, length)
+        new_features = extend_rows(features, length, mode)
+    return new_features, new_times.to(times)
+
+
+def extend_rows(rows: Tensor, length: int, mode: str) -> Tensor:
+    """Extend a learned table (old, width) to `length` rows: repeated, or interpolated linearly for "interpolate"."""
+    if mode != "interpolate":
+        return rows.repeat(-(-length // len(rows)), 1)[:length]
+    return F.interpolate(rows.t()[None].float(), size=length, mode="linear", align_corners=True)[0].t().to(rows.dtype)

@@ -26,8 +26,11 @@ PARAMETERS = {  # of the original code; the last two follow from it and from the
     "hf-bert-base": 109_514_298,
     "m2-base-8k": 87_428_160,
     "m2-demo": 1_841_536,
+    "m2-base-2k-continue": 81_972_288,
+    "m2-base-8k-continue": 87_428_160,
 }
-PAPER = sorted(set(PARAMETERS) - {"m2-demo"})
+CONTINUED = {"m2-base-2k-continue": 256 * 2048, "m2-base-8k-continue": 64 * 8192}
+PAPER = sorted(set(PARAMETERS) - {"m2-demo"} - set(CONTINUED))
 
 
 def load(name: str) -> TrainConfig:
@@ -75,6 +78,19 @@ def test_the_papers_settings(name: str) -> None:
         assert config.model.config["initialization"] == "legacy"
     result = dry_run.estimate(config)
     assert (result.tokens_per_step, result.steps) == (4096 * 128, 70_000)
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_longer_context_goes_on_from_weights_with_a_mix_of_lengths(name: str) -> None:
+    config = load(name)
+    assert config.load_weights_only and config.load_path is not None and str(config.max_seq_len) in config.load_path
+    assert config.model.config["mask_padding"] and config.train_loader.pad_to_longest
+    streams = config.train_loader.dataset.streams
+    assert sum(stream.proportion or 0 for stream in streams.values()) == pytest.approx(1)
+    assert config.train_loader.dataset.local is None and config.train_loader.dataset.batching_method == "per_stream"
+    assert config.eval_loader is not None and config.eval_loader.dataset.local == config.data_local
+    result = dry_run.estimate(config)
+    assert (result.tokens_per_step, result.steps) == (CONTINUED[name], 6000)
 
 
 def test_dry_run_prints_the_size_without_data(capsys: pytest.CaptureFixture[str]) -> None:
