@@ -233,7 +233,8 @@ def check_config(config: TrainConfig) -> None:
     if isinstance(config.device_train_microbatch_size, str):
         check_choice("device_train_microbatch_size", config.device_train_microbatch_size, ["auto"])
     positive = ("max_seq_len", "global_train_batch_size", "global_eval_batch_size", "device_train_microbatch_size")
-    for key in (*positive, "dry_run_num_devices", "dry_run_mfu"):
+    assumed = ("num_devices", "mfu", "devices_per_node", "node_bandwidth", "network_bandwidth")
+    for key in (*positive, *(f"dry_run_{name}" for name in assumed)):
         value = getattr(config, key)
         if isinstance(value, int | float) and value <= 0:
             raise RecipeError(f"{key} must be positive, not {value}")

@@ -13,6 +13,7 @@ from bert.recipe.builders import build_model
 from bert.recipe.schema import TrainConfig
 
 TRAINING_OVER_FORWARD = 3  # a backward pass costs twice the forward pass: one product for inputs, one for weights
+BYTES = {"fp32": 4, "bf16": 2}  # of a number
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,20 @@ class Estimate:
     forward_flops_per_token: float
     tokens_per_step: int
     steps: int
-    seconds: float  # of training alone: no evaluation, no checkpoints, no waiting for data
+    compute_s: float  # of a step, on each device
+    reduction_bytes: float  # that each device sends in a step, to add up the gradients
+    reduction_s: float  # of a step; taken as not overlapped with computation
+    overhead_s: float  # of a step
+
+    @property
+    def seconds(self) -> float:
+        """Of training alone: no evaluation, no checkpoints, no waiting for data."""
+        return self.steps * (self.compute_s + self.reduction_s + self.overhead_s)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of a step's time that is computation."""
+        return self.compute_s / (self.compute_s + self.reduction_s + self.overhead_s)
 
     @property
     def training_flops(self) -> float:
@@ -45,8 +59,18 @@ def estimate(config: TrainConfig) -> Estimate:
     tokens_per_step = config.global_train_batch_size * config.max_seq_len
     steps = _steps(config)
     sustained = _peak_flops(config) * config.dry_run_mfu * config.dry_run_num_devices
-    seconds = TRAINING_OVER_FORWARD * flops * tokens_per_step * steps / sustained
-    return Estimate(count_parameters(model), flops, tokens_per_step, steps, seconds)
+    compute = TRAINING_OVER_FORWARD * flops * tokens_per_step / sustained
+    parameters = count_parameters(model)
+    sent = reduction_bytes(parameters, config.gradient_reduction, config.dry_run_num_devices)
+    within = config.dry_run_num_devices <= config.dry_run_devices_per_node
+    bandwidth = config.dry_run_node_bandwidth if within else config.dry_run_network_bandwidth
+    reduction, overhead = sent / (bandwidth * 1e9), config.dry_run_overhead_ms / 1e3
+    return Estimate(parameters, flops, tokens_per_step, steps, compute, sent, reduction, overhead)
+
+
+def reduction_bytes(parameters: int, precision: str, devices: int) -> float:
+    """Return what each device sends to add up the gradients: a ring's 2 (N - 1) / N of them, NCCL's bus bandwidth."""
+    return BYTES[precision] * parameters * 2 * (devices - 1) / devices
 
 
 def report(config: TrainConfig) -> str:
@@ -62,9 +86,23 @@ def report(config: TrainConfig) -> str:
         (
             "estimated time",
             f"{_duration(result.seconds)} on {config.dry_run_num_devices} x {config.dry_run_device} at "
-            f"{config.dry_run_mfu:.0%} of its {_peak_flops(config):.3g} FLOP/s ({config.precision})",
+            f"{100 * config.dry_run_mfu:.3g}% of its {_peak_flops(config):.3g} FLOP/s ({config.precision})",
         ),
     ]
+    if config.dry_run_num_devices > 1:
+        step = result.compute_s + result.reduction_s + result.overhead_s
+        rows.append(
+            (
+                "a step",
+                f"{1e3 * step:.1f} ms: computation {1e3 * result.compute_s:.1f}, reduction of gradients "
+                f"{1e3 * result.reduction_s:.1f} ({result.reduction_bytes / 1e6:,.0f} MB sent by each device, "
+                f"{config.gradient_reduction}, not overlapped), overhead {1e3 * result.overhead_s:.1f}; "
+                f"efficiency {result.efficiency:.0%}",
+            )
+        )
+    if config.dry_run_price is not None:
+        hours = result.seconds / 3600 * config.dry_run_num_devices
+        rows.append(("price", f"{hours * config.dry_run_price:,.0f} for {hours:,.0f} device hours"))
     lines = [f"{config.run_name} (dry run: nothing is read, trained or written)"]
     return "\n".join(lines + [f"  {name:<15} {text}" for name, text in rows])
 

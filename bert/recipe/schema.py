@@ -103,7 +103,12 @@ class TrainConfig:
     dry_run: bool = False  # print parameters, operations, tokens, steps and time, and stop
     dry_run_device: str = "h200-sxm"  # a name in Composer's table of peak FLOP/s
     dry_run_num_devices: int = 1
-    dry_run_mfu: float = 0.3  # assumed share of the peak FLOP/s that the run reaches
+    dry_run_mfu: float = 0.3  # assumed share of the peak FLOP/s that the run reaches on one device
+    dry_run_devices_per_node: int = 8
+    dry_run_node_bandwidth: float = 300.0  # assumed GB/s of an all-reduce within a node (NCCL's bus bandwidth)
+    dry_run_network_bandwidth: float = 40.0  # the same between nodes, a device (a 400 Gb/s card for each)
+    dry_run_overhead_ms: float = 0.0  # of a step, that more devices do not shorten
+    dry_run_price: float | None = None  # of a device for an hour, in any currency
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

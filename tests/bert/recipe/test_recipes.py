@@ -106,12 +106,29 @@ def test_the_estimate_is_arithmetic() -> None:
     flops = 3 * base.forward_flops_per_token * 4096 * 128 * 70_000
     assert base.training_flops == pytest.approx(flops)
     assert base.seconds == pytest.approx(flops / (1.979e15 / 2 * 0.3))
+    assert (base.reduction_bytes, base.efficiency) == (0, 1)
     halved = dry_run.estimate(
         load_config(FOLDER / "m2-base.yaml", ["dry_run_num_devices=2", "dry_run_device=a100", "max_duration=10ba"])
     )
-    assert halved.seconds == pytest.approx(flops / 7000 / (312e12 * 0.3 * 2))
+    assert halved.compute_s == pytest.approx(flops / 70_000 / (312e12 * 0.3 * 2))
+    assert halved.reduction_bytes == 4 * 80_267_328
+    assert halved.seconds == pytest.approx(10 * (halved.compute_s + halved.reduction_bytes / 300e9))
     tokens = dry_run.estimate(load_config(FOLDER / "m2-base.yaml", ["max_duration=524289tok"]))
     assert tokens.steps == 2
+
+
+def test_the_estimate_for_several_nodes() -> None:
+    nodes = ["dry_run_num_devices=16", "dry_run_network_bandwidth=25", "dry_run_overhead_ms=2", "dry_run_price=3"]
+    config = load_config(FOLDER / "m2-base.yaml", [*nodes, "gradient_reduction=bf16"])
+    result = dry_run.estimate(config)
+    assert result.reduction_bytes == pytest.approx(2 * 80_267_328 * 2 * 15 / 16)
+    step = result.compute_s + result.reduction_bytes / 25e9 + 2e-3
+    assert result.seconds == pytest.approx(70_000 * step)
+    assert result.efficiency == pytest.approx(result.compute_s / step)
+    hours = 16 * result.seconds / 3600
+    assert f"{3 * hours:,.0f} for {hours:,.0f} device hours" in dry_run.report(config)
+    one_node = dry_run.estimate(load_config(FOLDER / "m2-base.yaml", [*nodes, "dry_run_devices_per_node=16"]))
+    assert one_node.reduction_s == pytest.approx(2 * result.reduction_bytes / 300e9)
 
 
 @pytest.mark.parametrize(
