@@ -70,7 +70,13 @@ class CheckedStream(Stream):
             try:
                 return self._prepare_and_check(shard)
             except (OSError, ValueError) as error:
-                raise DataError(f"{error}; copy the shard again, or prepare the dataset again") from error
+                missing = not any(
+                    os.path.exists(os.path.join(shard.dirname, shard.split, info.basename))
+                    for info in shard.file_pairs[0]
+                    if info is not None
+                )
+                reason = f"'{_raw_path(shard)}' is missing" if missing else str(error)
+                raise DataError(f"{reason}; copy the shard again, or prepare the dataset again") from error
         # The base class waits longer after each failed download. What arrived, but damaged, is fetched again here.
         fetch = retry(DamagedShardError, num_attempts=self.download_retry)(self._prepare_or_remove)
         try:

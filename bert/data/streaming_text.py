@@ -24,6 +24,7 @@ from bert.data.loader_config import PREPARE_HINT, DatasetConfig, LoaderConfig, c
 from bert.data.masking import IGNORED_LABEL, mask_tokens
 from bert.data.metadata import FILE_NAME, DatasetMetadata
 from bert.errors import DataError
+from bert.processes import signal_when_parent_ends
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ def build_data_spec(
         pin_memory=torch.cuda.is_available() if config.pin_memory is None else config.pin_memory,
         drop_last=drop_last,
         timeout=config.timeout if workers else 0,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_start_worker,
     )
     return DataSpec(
         loader,
@@ -303,8 +304,13 @@ def build_data_spec(
     )
 
 
-def _outlive_signals(worker: int) -> None:
-    """Let a worker go on when its whole job is sent a signal: the training process still needs a batch to end well."""
+def _start_worker(worker: int) -> None:
+    """Let a worker live as long as its training process, and no longer.
+
+    When a whole job is sent a signal, the training process still needs a batch to end well. A worker that waits for
+    another rank's, in streaming's barriers, does not look whether its own process is still there.
+    """
+    signal_when_parent_ends(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Torch ends its workers by SIGTERM too, when they do not end by themselves.

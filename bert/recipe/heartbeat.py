@@ -89,10 +89,13 @@ class Heartbeat(Callback):
             yield
         except RuntimeError as error:
             # Gloo and NCCL say that a connection broke, not whose.
-            lost = self._silent_after(4 * _PERIOD) if type(error) in _COLLECTIVE_ERRORS else []
-            if lost:
-                raise LostRankError(f"{self._describe(lost)}; the others cannot go on: {error}") from error
-            raise
+            if type(error) not in _COLLECTIVE_ERRORS:
+                raise
+            lost, behind = self._silent_after(4 * _PERIOD), self._behind()
+            if not lost and not behind:
+                raise
+            who = self._describe(lost) if lost else self._describe(behind, answers=True)
+            raise LostRankError(f"{who}; the others cannot go on: {error}") from error
         finally:
             self._stop.set()
             with contextlib.suppress(RuntimeError):
@@ -128,10 +131,9 @@ class Heartbeat(Callback):
                 value, last = self._seen.get(rank, (b"", begin))
                 if value != b"done" and now - last > self.timeout:
                     self._end(f"{self._describe([rank])}, for {now - last:.0f} s")
-            slow = self._slow()
-            if slow and now - told > _SLOW:
+            if now - told > _SLOW < now - self._since and (behind := self._behind()):
                 told = now
-                log.warning("waiting for %s", self._describe(slow, answers=True))
+                log.warning("waiting for %s", self._describe(behind, answers=True))
 
     def _end(self, reason: str) -> None:
         if not self._stop.is_set():
@@ -139,10 +141,8 @@ class Heartbeat(Callback):
             sys.stderr.flush()
             os._exit(LOST_RANK_EXIT_CODE)  # the main thread waits in a collective, where no exception reaches it
 
-    def _slow(self) -> list[int]:
-        """Peers that live, but whose training has not moved for long, while this rank waits."""
-        if time.monotonic() - self._since < _SLOW:
-            return []
+    def _behind(self) -> list[int]:
+        """Peers that live, but have not come as far as this rank."""
         lives = {rank: json.loads(value) for rank, (value, _) in self._seen.items() if value not in (b"", b"done")}
         here = (self._batch, self._doing != "loading data")
         return [rank for rank, life in lives.items() if (life["batch"], life["doing"] != "loading data") < here]
