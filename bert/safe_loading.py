@@ -73,7 +73,16 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"there is no file {path}") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: {_reason(error)}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is not a whole checkpoint file: {error}") from error
@@ -86,7 +95,9 @@ def _check_archive(path: str | os.PathLike[str]) -> None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
         sum(entry.file_size for entry in entries) > os.path.getsize(path)
     ):
-        raise CheckpointError(f"{path} is refused: its parts are compressed, or larger than the file; torch saves neither")
+        raise CheckpointError(
+            f"{path} is refused: its parts are compressed, or larger than the file; torch saves neither"
+        )
 
 
 def is_torn(path: str | os.PathLike[str]) -> bool:

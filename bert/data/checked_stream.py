@@ -84,8 +84,8 @@ class CheckedStream(Stream):
         except Exception as error:  # each storage service raises errors of its own
             reason = str(error) or type(error).__name__
             raise DataError(
-                f"shard '{_raw_path(shard)}' could not be fetched from {self.remote} ({reason}): look at the network and "
-                "the remote, and start again"
+                f"shard '{_raw_path(shard)}' could not be fetched from {self.remote} ({reason}): look at the network "
+                "and the remote, and start again"
             ) from error
 
     def _prepare_or_remove(self, shard: Reader) -> int:

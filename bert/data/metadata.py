@@ -79,10 +79,12 @@ class DatasetMetadata:
             raise DataError(f"{path} lacks {', '.join(missing)}; prepare the folder again")
         wrong = [name for name, value in values.items() if not _fits(value, str(fields[name].type))]
         if wrong:
-            raise DataError(f"{path}: {wrong[0]} is {values[wrong[0]]!r}, not {fields[wrong[0]].type}; prepare it again")
+            raise DataError(
+                f"{path}: {wrong[0]} is {values[wrong[0]]!r}, not {fields[wrong[0]].type}; prepare it again"
+            )
         metadata = cls(**values)
-        if missing := _ROLES - metadata.special_token_ids.keys():
-            raise DataError(f"{path}: special_token_ids lacks {', '.join(sorted(missing))}; prepare the folder again")
+        if lacking := sorted(_ROLES - metadata.special_token_ids.keys()):
+            raise DataError(f"{path}: special_token_ids lacks {', '.join(lacking)}; prepare the folder again")
         return metadata
 
 

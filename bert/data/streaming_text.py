@@ -20,7 +20,15 @@ from streaming.base.dataset import _ShardState
 from streaming.base.distributed import get_local_world_size, get_world_size
 
 from bert.data.checked_stream import CheckedStream, check_hash, check_size, remove_files
-from bert.data.loader_config import PREPARE_HINT, DatasetConfig, LoaderConfig, check_metadata, describe, load_metadata, sources
+from bert.data.loader_config import (
+    PREPARE_HINT,
+    DatasetConfig,
+    LoaderConfig,
+    check_metadata,
+    describe,
+    load_metadata,
+    sources,
+)
 from bert.data.masking import IGNORED_LABEL, mask_tokens
 from bert.data.metadata import FILE_NAME, DatasetMetadata
 from bert.errors import DataError
@@ -372,8 +380,8 @@ def _check_shards(dataset: StreamingTextDataset, metadata: DatasetMetadata) -> N
     if stored != metadata.num_samples:
         folder = dataset.shards[0].dirname
         raise DataError(
-            f"the index of '{folder}' names {stored:,} samples and its {FILE_NAME} {metadata.num_samples:,}: they are of "
-            "different datasets. Copy or prepare it again"
+            f"the index of '{folder}' names {stored:,} samples and its {FILE_NAME} {metadata.num_samples:,}: they are "
+            "of different datasets. Copy or prepare it again"
         )
     encodings = (f"ndarray:{metadata.token_dtype}", f"ndarray:{metadata.token_dtype}:{metadata.seq_len}")
     shards: list[Any] = dataset.shards

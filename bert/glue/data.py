@@ -159,7 +159,9 @@ def read_rows(place: Place, task: Task) -> Rows:
     torn = 0
     for number, row in enumerate(_records(place, task), 1):
         if not isinstance(row, Mapping):
-            raise DataError(f"{place.task}: {place}, row {number} is a JSON {type(row).__name__}; one object a line is read")
+            raise DataError(
+                f"{place.task}: {place}, row {number} is a JSON {type(row).__name__}; one object a line is read"
+            )
         missing = [name for name in columns if name not in row]
         if missing:
             raise DataError(

@@ -17,7 +17,6 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist, reproducibility
-
 from torch.distributed.tensor import DTensor
 
 from bert.data.masking import IGNORED_LABEL
@@ -77,7 +76,9 @@ class NaNGuard(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Look at the losses and gradients of the batch that just ended."""
         # Composer keeps no losses where fp16 gradient scaling skipped the batch.
-        bad = [f"{name} is {value}" for name, value in (state.total_loss_dict or {}).items() if not math.isfinite(value)]
+        bad = [
+            f"{name} is {value}" for name, value in (state.total_loss_dict or {}).items() if not math.isfinite(value)
+        ]
         if not bad and self._gradients_are_bad is not None and int(self._gradients_are_bad):
             bad = ["the gradients are not finite"]
         if bad:

@@ -106,7 +106,7 @@ class Heartbeat(Callback):
 
     def _beat(self, prefix: str) -> None:
         """Send and take in signs of life; on a store that hangs, this thread does too."""
-        store = _get_default_store()
+        store: Any = _get_default_store()
         own = {"host": socket.gethostname(), "pid": os.getpid()}
         count = 0
         while not self._stop.wait(_PERIOD):
@@ -123,7 +123,7 @@ class Heartbeat(Callback):
                 continue
 
     def _watch(self, prefix: str) -> None:
-        """End this process when a peer is silent for too long; only looks at the clock, so that nothing can block it."""
+        """End this process when a peer is silent for too long; only looks at the clock, so nothing can block it."""
         begin, told = time.monotonic(), time.monotonic()
         while not self._stop.wait(_PERIOD):
             now = time.monotonic()
@@ -160,7 +160,9 @@ class Heartbeat(Callback):
             life: dict[str, Any] = json.loads(value) if value not in (b"", b"done") else {}
             who = f"rank {rank}" + (f" (host {life['host']}, process {life['pid']})" if life else "")
             where = f"in batch {life['batch'] + 1}, {life['doing']}" if life else "before its first batch"
-            said.append(f"{who} is {where} since {life['seconds']} s" if answers else f"{who} does not answer; it was {where}")
+            said.append(
+                f"{who} is {where} since {life['seconds']} s" if answers else f"{who} does not answer; it was {where}"
+            )
         return ", ".join(said)
 
 

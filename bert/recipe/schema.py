@@ -81,7 +81,9 @@ class TrainConfig:
     save_overwrite: bool = False  # start over in a folder that holds checkpoints of another run
     load_path: str | None = None  # checkpoint to start from; null: none
     load_weights_only: bool = False  # take the model from load_path, not optimizer, step and data position
-    rollbacks: int = 0  # times that a diverged run goes back to its last checkpoint and passes over the batch that did it
+    rollbacks: int = (
+        0  # times that a diverged run goes back to its last checkpoint and passes over the batch that did it
+    )
     autoresume: bool = False  # go on from the latest checkpoint in save_folder where there is one
 
     # --- machine
@@ -184,7 +186,7 @@ def _read_yaml(path: Path, readers: tuple[Path, ...], folder: Path) -> DictConfi
 
 
 def _check_expansion(root: yaml.Node | None) -> None:
-    """Raise ValueError where aliases (*name) make more of a YAML than any recipe is: they are copied when it is read."""
+    """Raise ValueError where aliases (*name) make more of a YAML than any recipe is: reading copies them."""
     sizes: dict[int, int] = {}
 
     def size(node: Any) -> int:

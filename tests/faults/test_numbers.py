@@ -102,9 +102,7 @@ def test_rollbacks_are_limited(recipe: Recipe, capsys: pytest.CaptureFixture[str
     assert main([str(recipe(callbacks={})), "rollbacks=1"]) == 2
 
 
-def test_a_loss_spike_warns(
-    recipe: Recipe, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_spike_warns(recipe: Recipe, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     ruin(monkeypatch, 9, "3")
     with caplog.at_level(logging.WARNING):
         spike = {"window": 4, "deviations": 3.0}
@@ -113,9 +111,7 @@ def test_a_loss_spike_warns(
     assert len(warnings) == 1 and warnings[0].startswith("batch 9:")
 
 
-def test_a_batch_that_does_not_fit_is_split(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_does_not_fit_is_split(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` needs a GPU. Here its error is raised by the model, and Composer told that it searches for the size."""
     command = [str(recipe()), "max_duration=4ba", "model.config.hidden_dropout_prob=0.0"]
     assert main([*command, "run_name=whole"]) == 0

@@ -1,4 +1,4 @@
-"""One rank of two killed, stopped, hung, or without its data; the launcher killed; another number of ranks at resume."""
+"""One rank of two killed, stopped, hung or without data; the launcher killed; another number of ranks at resume."""
 
 from __future__ import annotations
 
@@ -195,9 +195,7 @@ def test_another_number_of_ranks_or_workers_goes_on_with_the_same_samples(
     assert whole.wait(90) == 0, whole.said()[-3000:]
     for (ranks, workers), duration in ((first, 10), (then, 20)):
         # The schedule is that of the whole run: its length in batches is the same, only a part of it is done first.
-        job = start(
-            ranks, *settings, "run_name=parts", "max_duration=20ba", f"train_loader.num_workers={workers}"
-        )
+        job = start(ranks, *settings, "run_name=parts", "max_duration=20ba", f"train_loader.num_workers={workers}")
         if duration == 10:
             wait_for(lambda: len(losses(tmp_path / "runs" / "parts")) >= 7, pause=0.001)
             job.rank(0).send_signal(signal.SIGTERM)

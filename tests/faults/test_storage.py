@@ -142,7 +142,13 @@ def test_a_damaged_shard_is_named_or_fetched_again(
 def test_an_index_that_is_missing_empty_or_anothers(whole: Path, tmp_path: Path) -> None:
     index = whole / "train" / "index.json"
     write_split(tmp_path / "other" / "train", 32, 5, **SHARDS)
-    for content in (b"", b"{}", b"[]", b'{"version": 2, "shards": []}', (tmp_path / "other/train/index.json").read_bytes()):
+    for content in (
+        b"",
+        b"{}",
+        b"[]",
+        b'{"version": 2, "shards": []}',
+        (tmp_path / "other/train/index.json").read_bytes(),
+    ):
         index.write_bytes(content)
         with pytest.raises(DataError, match=r"index"):
             batches(whole)
