@@ -201,8 +201,10 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
         else:
             log.info("nothing to do: the checkpoint already is at max_duration %s", config.max_duration)
         result = _result(trainer, entropy, folder)
-    finally:
-        trainer.close()
+    except BaseException:
+        trainer.engine.close()  # and not the trainer, which would wait for ranks that may be gone
+        raise
+    trainer.close()
     for name, value in result.evaluation.items():
         log.info("evaluation: %s %.4f", name, value)
     if entropy is not None:
