@@ -36,7 +36,7 @@ from bert.recipe.schema import TrainConfig, load_config
 from tests.bert.recipe.conftest import SPECIAL, VOCAB_SIZE
 
 # In `make test` few examples, in `make test-faults` many.
-AMOUNTS = [15, pytest.param(400, marks=pytest.mark.faults)]
+AMOUNTS = [8, pytest.param(400, marks=pytest.mark.faults)]
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -71,7 +71,9 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.faults] * ("million" in name)) for name in DOCUMENTS]
+)
 def test_strange_documents_are_prepared(tmp_path: Path, vocabulary: str, name: str) -> None:
     corpus = tmp_path / "corpus.jsonl"
     documents = [*DOCUMENTS[name], "abc def ghi jkl"]
