@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.distributed import get_local_world_size, get_world_size
+from streaming.base.util import retry
 
 from bert.data.checked_stream import CheckedStream, check_hash, check_size, remove_files
 from bert.data.loader_config import (
@@ -333,15 +334,21 @@ def _build_dataset(
     config: DatasetConfig, metadata: DatasetMetadata, batch_size: int, seed: int, train: bool
 ) -> StreamingTextDataset:
     options = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _OWN_FIELDS}
-    try:
+    options["batch_size"] = batch_size
+    options["shuffle_seed"] = seed if config.shuffle_seed is None else config.shuffle_seed
+    options["fixed_epoch"] = None if train else _EVALUATION_EPOCH
+
+    def open_dataset() -> StreamingTextDataset:
         streams = [CheckedStream(**asdict(stream)) for stream in sources(config).values()]
-        dataset = StreamingTextDataset(
-            fixed_epoch=None if train else _EVALUATION_EPOCH,
-            streams=streams,
-            batch_size=batch_size,
-            shuffle_seed=seed if config.shuffle_seed is None else config.shuffle_seed,
-            **options,
-        )
+        return StreamingTextDataset(streams=streams, **options)
+
+    try:
+        if get_world_size() > 1:
+            dataset = open_dataset()
+        else:
+            # Another job that starts now may have taken the same number for its shared memory; ranks would have to
+            # agree on trying again.
+            dataset = retry(FileExistsError, num_attempts=5, initial_backoff=0.2)(open_dataset)()
     except DataError:
         raise
     except (ValueError, RuntimeError, OSError) as error:
