@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from composer.core import DataSpec
+from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
-from streaming.base.distributed import get_local_world_size, get_world_size
-from streaming.base.util import retry
+from streaming.base.distributed import get_local_rank, get_local_world_size, get_world_size
 
 from bert.data.checked_stream import CheckedStream, check_hash, check_size, remove_files
 from bert.data.loader_config import (
@@ -338,17 +341,12 @@ def _build_dataset(
     options["shuffle_seed"] = seed if config.shuffle_seed is None else config.shuffle_seed
     options["fixed_epoch"] = None if train else _EVALUATION_EPOCH
 
-    def open_dataset() -> StreamingTextDataset:
-        streams = [CheckedStream(**asdict(stream)) for stream in sources(config).values()]
-        return StreamingTextDataset(streams=streams, **options)
-
+    # Two jobs that start on one host at once would choose the same number for their shared memory.
+    alone = FileLock(Path(tempfile.gettempdir(), f"streaming-start-{os.getuid()}.lock"))
     try:
-        if get_world_size() > 1:
-            dataset = open_dataset()
-        else:
-            # Another job that starts now may have taken the same number for its shared memory; ranks would have to
-            # agree on trying again.
-            dataset = retry(FileExistsError, num_attempts=5, initial_backoff=0.2)(open_dataset)()
+        streams = [CheckedStream(**asdict(stream)) for stream in sources(config).values()]
+        with alone if get_local_rank() == 0 else contextlib.nullcontext():
+            dataset = StreamingTextDataset(streams=streams, **options)
     except DataError:
         raise
     except (ValueError, RuntimeError, OSError) as error:

@@ -90,7 +90,8 @@ def main(argv: Sequence[str]) -> int:
         return 3
     except LostRankError as error:
         _say(error)
-        return LOST_RANK_EXIT_CODE
+        sys.stderr.flush()
+        os._exit(LOST_RANK_EXIT_CODE)  # the interpreter's own end would wait for the lost rank
     except TrainingStoppedError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return error.exit_code

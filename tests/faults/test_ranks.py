@@ -143,7 +143,7 @@ def test_a_lost_rank_ends_the_job_and_is_named(start: Start, tmp_path: Path, fau
 def test_a_rank_that_hangs_is_named_and_the_collective_ends_the_job(start: Start, tmp_path: Path) -> None:
     script = tmp_path / "hanging.py"
     script.write_text(HANGING)
-    job = start(2, *LONG, "dist_timeout=15", script=script)
+    job = start(2, *LONG, "dist_timeout=10", script=script)
     wait_for(lambda: len(losses(tmp_path / "runs" / "tiny")) >= 12)
     assert job.wait(60) != 0
     said = job.said()
