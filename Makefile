@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tables test test-gpu lint format clean
+.PHONY: help install demo tables test test-gpu test-faults audit lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,14 @@ test: install  ## the whole test suite, on the CPU, with all its cores
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -n 4
+
+test-faults: install  ## fault injection, all of it (docs/reliability.md); some minutes to half an hour
+	$(BIN)/python -m pytest tests/faults -m "not gpu" --durations=0
+
+audit: install  ## known vulnerabilities of the requirements (needs pypi.org); fails where a package cannot be looked up
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	grep -v '^-e' requirements.txt > $(VENV)/audited.txt
+	$(BIN)/python -m pip_audit --strict -r $(VENV)/audited.txt
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -70,7 +70,13 @@ class CheckedStream(Stream):
             try:
                 return self._prepare_and_check(shard)
             except (OSError, ValueError) as error:
-                raise DataError(f"{error}; copy the shard again, or prepare the dataset again") from error
+                missing = not any(
+                    os.path.exists(os.path.join(shard.dirname, shard.split, info.basename))
+                    for info in shard.file_pairs[0]
+                    if info is not None
+                )
+                reason = f"'{_raw_path(shard)}' is missing" if missing else str(error)
+                raise DataError(f"{reason}; copy the shard again, or prepare the dataset again") from error
         # The base class waits longer after each failed download. What arrived, but damaged, is fetched again here.
         fetch = retry(DamagedShardError, num_attempts=self.download_retry)(self._prepare_or_remove)
         try:
@@ -78,8 +84,8 @@ class CheckedStream(Stream):
         except Exception as error:  # each storage service raises errors of its own
             reason = str(error) or type(error).__name__
             raise DataError(
-                f"shard '{_raw_path(shard)}' could not be fetched from {self.remote} ({reason}): look at the network and "
-                "the remote, and start again"
+                f"shard '{_raw_path(shard)}' could not be fetched from {self.remote} ({reason}): look at the network "
+                "and the remote, and start again"
             ) from error
 
     def _prepare_or_remove(self, shard: Reader) -> int:

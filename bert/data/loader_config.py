@@ -125,7 +125,7 @@ def _check_options(config: DatasetConfig) -> None:
             )
         if stream.remote not in (None, stream.local) and _same_folder(str(stream.remote), stream.local):
             raise DataError(
-                f"{key}.remote is the folder of {key}.local: leave it out, or streaming would delete its shards as copies"
+                f"{key}.remote is the folder of {key}.local: leave it out, or streaming would delete its shards"
             )
         if config.cache_limit and stream.remote in (None, stream.local):
             # Streaming would delete the only copy of the shards to stay below the limit (its issue #988).

@@ -83,8 +83,8 @@ class DatasetMetadata:
                 f"{path}: {wrong[0]} is {values[wrong[0]]!r}, not {fields[wrong[0]].type}; prepare it again"
             )
         metadata = cls(**values)
-        if missing := _ROLES - metadata.special_token_ids.keys():
-            raise DataError(f"{path}: special_token_ids lacks {', '.join(sorted(missing))}; prepare the folder again")
+        if lacking := sorted(_ROLES - metadata.special_token_ids.keys()):
+            raise DataError(f"{path}: special_token_ids lacks {', '.join(lacking)}; prepare the folder again")
         return metadata
 
 

@@ -159,7 +159,11 @@ def _trained_tokenizer(settings: PrepareSettings, vocab_size: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 2 for a mistake in what was given, 4 for a full or failing disk, 130 for Ctrl-C."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, 2 for a mistake in what was given, 4 for a full or failing disk, 130 for Ctrl-C.
+    """
     options = vars(_parser().parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     split_name, vocab_size = options.pop("split_name"), options.pop("train_tokenizer")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from composer.core import DataSpec
+from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
-from streaming.base.distributed import get_local_world_size, get_world_size
+from streaming.base.distributed import get_local_rank, get_local_world_size, get_world_size
 
 from bert.data.checked_stream import CheckedStream, check_hash, check_size, remove_files
 from bert.data.loader_config import (
@@ -32,6 +36,7 @@ from bert.data.loader_config import (
 from bert.data.masking import IGNORED_LABEL, mask_tokens
 from bert.data.metadata import FILE_NAME, DatasetMetadata
 from bert.errors import DataError
+from bert.processes import signal_when_parent_ends
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +315,7 @@ def build_data_spec(
         pin_memory=torch.cuda.is_available() if config.pin_memory is None else config.pin_memory,
         drop_last=drop_last,
         timeout=config.timeout if workers else 0,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_start_worker,
     )
     return DataSpec(
         loader,
@@ -325,8 +330,13 @@ def build_data_spec(
     )
 
 
-def _outlive_signals(worker: int) -> None:
-    """Let a worker go on when its whole job is sent a signal: the training process still needs a batch to end well."""
+def _start_worker(worker: int) -> None:
+    """Let a worker live as long as its training process, and no longer.
+
+    When a whole job is sent a signal, the training process still needs a batch to end well. A worker that waits for
+    another rank's, in streaming's barriers, does not look whether its own process is still there.
+    """
+    signal_when_parent_ends(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Torch ends its workers by SIGTERM too, when they do not end by themselves.
@@ -341,15 +351,16 @@ def _build_dataset(
     config: DatasetConfig, metadata: DatasetMetadata, batch_size: int, seed: int, train: bool
 ) -> StreamingTextDataset:
     options = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _OWN_FIELDS}
+    options["batch_size"] = batch_size
+    options["shuffle_seed"] = seed if config.shuffle_seed is None else config.shuffle_seed
+    options["fixed_epoch"] = None if train else _EVALUATION_EPOCH
+
+    # Two jobs that start on one host at once would choose the same number for their shared memory.
+    alone = FileLock(Path(tempfile.gettempdir(), f"streaming-start-{os.getuid()}.lock"))
     try:
         streams = [CheckedStream(**asdict(stream)) for stream in sources(config).values()]
-        dataset = StreamingTextDataset(
-            fixed_epoch=None if train else _EVALUATION_EPOCH,
-            streams=streams,
-            batch_size=batch_size,
-            shuffle_seed=seed if config.shuffle_seed is None else config.shuffle_seed,
-            **options,
-        )
+        with alone if get_local_rank() == 0 else contextlib.nullcontext():
+            dataset = StreamingTextDataset(streams=streams, **options)
     except DataError:
         raise
     except (ValueError, RuntimeError, OSError) as error:
@@ -388,8 +399,8 @@ def _check_shards(dataset: StreamingTextDataset, metadata: DatasetMetadata) -> N
     if stored != metadata.num_samples:
         folder = dataset.shards[0].dirname
         raise DataError(
-            f"the index of '{folder}' names {stored:,} samples and its {FILE_NAME} {metadata.num_samples:,}: they are of "
-            "different datasets. Copy or prepare it again"
+            f"the index of '{folder}' names {stored:,} samples and its {FILE_NAME} {metadata.num_samples:,}: they are "
+            "of different datasets. Copy or prepare it again"
         )
     encodings = (f"ndarray:{metadata.token_dtype}", f"ndarray:{metadata.token_dtype}:{metadata.seq_len}")
     shards: list[Any] = dataset.shards

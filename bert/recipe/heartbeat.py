@@ -89,10 +89,13 @@ class Heartbeat(Callback):
             yield
         except RuntimeError as error:
             # Gloo and NCCL say that a connection broke, not whose.
-            lost = self._silent_after(4 * _PERIOD) if type(error) in _COLLECTIVE_ERRORS else []
-            if lost:
-                raise LostRankError(f"{self._describe(lost)}; the others cannot go on: {error}") from error
-            raise
+            if type(error) not in _COLLECTIVE_ERRORS:
+                raise
+            lost, behind = self._silent_after(4 * _PERIOD), self._behind()
+            if not lost and not behind:
+                raise
+            who = self._describe(lost) if lost else self._describe(behind, answers=True)
+            raise LostRankError(f"{who}; the others cannot go on: {error}") from error
         finally:
             self._stop.set()
             with contextlib.suppress(RuntimeError):
@@ -103,7 +106,7 @@ class Heartbeat(Callback):
 
     def _beat(self, prefix: str) -> None:
         """Send and take in signs of life; on a store that hangs, this thread does too."""
-        store = _get_default_store()
+        store: Any = _get_default_store()
         own = {"host": socket.gethostname(), "pid": os.getpid()}
         count = 0
         while not self._stop.wait(_PERIOD):
@@ -120,7 +123,7 @@ class Heartbeat(Callback):
                 continue
 
     def _watch(self, prefix: str) -> None:
-        """End this process when a peer is silent for too long; only looks at the clock, so that nothing can block it."""
+        """End this process when a peer is silent for too long; only looks at the clock, so nothing can block it."""
         begin, told = time.monotonic(), time.monotonic()
         while not self._stop.wait(_PERIOD):
             now = time.monotonic()
@@ -128,10 +131,9 @@ class Heartbeat(Callback):
                 value, last = self._seen.get(rank, (b"", begin))
                 if value != b"done" and now - last > self.timeout:
                     self._end(f"{self._describe([rank])}, for {now - last:.0f} s")
-            slow = self._slow()
-            if slow and now - told > _SLOW:
+            if now - told > _SLOW < now - self._since and (behind := self._behind()):
                 told = now
-                log.warning("waiting for %s", self._describe(slow, answers=True))
+                log.warning("waiting for %s", self._describe(behind, answers=True))
 
     def _end(self, reason: str) -> None:
         if not self._stop.is_set():
@@ -139,10 +141,8 @@ class Heartbeat(Callback):
             sys.stderr.flush()
             os._exit(LOST_RANK_EXIT_CODE)  # the main thread waits in a collective, where no exception reaches it
 
-    def _slow(self) -> list[int]:
-        """Peers that live, but whose training has not moved for long, while this rank waits."""
-        if time.monotonic() - self._since < _SLOW:
-            return []
+    def _behind(self) -> list[int]:
+        """Peers that live, but have not come as far as this rank."""
         lives = {rank: json.loads(value) for rank, (value, _) in self._seen.items() if value not in (b"", b"done")}
         here = (self._batch, self._doing != "loading data")
         return [rank for rank, life in lives.items() if (life["batch"], life["doing"] != "loading data") < here]
@@ -160,7 +160,9 @@ class Heartbeat(Callback):
             life: dict[str, Any] = json.loads(value) if value not in (b"", b"done") else {}
             who = f"rank {rank}" + (f" (host {life['host']}, process {life['pid']})" if life else "")
             where = f"in batch {life['batch'] + 1}, {life['doing']}" if life else "before its first batch"
-            said.append(f"{who} is {where} since {life['seconds']} s" if answers else f"{who} does not answer; it was {where}")
+            said.append(
+                f"{who} is {where} since {life['seconds']} s" if answers else f"{who} does not answer; it was {where}"
+            )
         return ", ".join(said)
 
 

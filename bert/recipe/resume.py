@@ -54,7 +54,8 @@ def starting_point(config: TrainConfig) -> StartingPoint | None:
     start = None
     if config.load_path is not None and is_tar(config.load_path):
         raise CheckpointError(
-            f"load_path: {config.load_path} is an archive, which Composer would unpack wherever its names point: unpack it"
+            f"load_path: {config.load_path} is an archive, which Composer would unpack to wherever its names point: "
+            "unpack it, and give the file"
         )
     if config.load_path is not None and not is_remote(config.load_path):
         path = Path(format_name_with_dist(config.load_path, run_name=config.run_name))

@@ -194,7 +194,7 @@ def _read_yaml(path: Path, readers: tuple[Path, ...], folder: Path) -> DictConfi
 
 
 def _check_expansion(root: yaml.Node | None) -> None:
-    """Raise ValueError where aliases (*name) make more of a YAML than any recipe is: they are copied when it is read."""
+    """Raise ValueError where aliases (*name) make more of a YAML than any recipe is: reading copies them."""
     sizes: dict[int, int] = {}
 
     def size(node: Any) -> int:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 import torch
 from composer.callbacks import CheckpointSaver
@@ -17,8 +14,9 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from bert.processes import signal_when_parent_ends
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # preemption, Slurm's warning, Ctrl-C
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl(2)
 
 
 class TrainingStoppedError(RuntimeError):
@@ -112,7 +110,5 @@ def end_with_launcher() -> None:
     Composer's launcher passes neither SIGTERM nor SIGUSR1 on, and dies of them: its ranks would go on as orphans.
     Linux only; a process that no launcher started (it has no LOCAL_RANK) may outlive its parent.
     """
-    if "LOCAL_RANK" not in os.environ or not sys.platform.startswith("linux"):
-        return
-    libc: Any = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
+    if "LOCAL_RANK" in os.environ:
+        signal_when_parent_ends(signal.SIGTERM)

@@ -92,7 +92,8 @@ def main(argv: Sequence[str]) -> int:
         return 3
     except LostRankError as error:
         _say(error)
-        return LOST_RANK_EXIT_CODE
+        sys.stderr.flush()
+        os._exit(LOST_RANK_EXIT_CODE)  # the interpreter's own end would wait for the lost rank
     except TrainingStoppedError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return error.exit_code
@@ -205,8 +206,10 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
         else:
             log.info("nothing to do: the checkpoint already is at max_duration %s", config.max_duration)
         result = _result(trainer, entropy, folder)
-    finally:
-        trainer.close()
+    except BaseException:
+        trainer.engine.close()  # and not the trainer, which would wait for ranks that may be gone
+        raise
+    trainer.close()
     for name, value in result.evaluation.items():
         log.info("evaluation: %s %.4f", name, value)
     if entropy is not None:

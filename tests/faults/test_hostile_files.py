@@ -28,7 +28,7 @@ from tests.bert.recipe.conftest import SEQ_LEN, write_split
 
 @pytest.fixture(autouse=True)
 def _little_memory() -> Iterator[None]:
-    """4 GB of addresses beyond what is in use: whoever believes a size in a header fails instead of filling the host."""
+    """4 GB of addresses beyond what is in use: whoever believes a header's size fails, and fills no host."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), before[1]))

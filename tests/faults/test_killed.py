@@ -41,7 +41,7 @@ def contents(folder: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("tries", [3, pytest.param(50, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("tries", [2, pytest.param(50, marks=pytest.mark.faults)])
 def test_preparation_killed_at_random_moments(settings: PrepareSettings, fork: Fork, tries: int) -> None:
     whole = replace(settings, out=settings.out + "-whole")
     begin = time.monotonic()

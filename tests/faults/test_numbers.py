@@ -59,7 +59,7 @@ def ruin(monkeypatch: pytest.MonkeyPatch, batch: int, what: str) -> dict[int, li
     return seen
 
 
-@pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("what", [pytest.param("nan", marks=pytest.mark.faults), "inf", "gradient"])
 def test_what_is_not_finite_is_stopped_and_named(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -87,6 +87,7 @@ def test_a_rollback_passes_over_the_batch(
     assert "rollback 1 of 1" in caplog.text and "batch 6 is passed over" in caplog.text
 
 
+@pytest.mark.faults
 def test_rollbacks_are_limited(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         original = NaNGuard.batch_end
@@ -102,6 +103,7 @@ def test_rollbacks_are_limited(recipe: Recipe, capsys: pytest.CaptureFixture[str
     assert main([str(recipe(callbacks={})), "rollbacks=1"]) == 2
 
 
+@pytest.mark.faults
 def test_a_loss_spike_warns(recipe: Recipe, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     ruin(monkeypatch, 9, "3")
     with caplog.at_level(logging.WARNING):

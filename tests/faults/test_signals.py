@@ -47,7 +47,7 @@ def in_evaluation(arguments: list[str]) -> int:
 def test_a_signal_ends_the_run_after_its_batch(
     recipe: Callable[..., Path], tmp_path: Path, fork: Fork, number: signal.Signals, workers: int, evaluating: bool
 ) -> None:
-    command = [str(recipe()), "max_duration=34ba", "save_interval=1000ba", "autoresume=true", "eval_interval=15ba"]
+    command = [str(recipe()), "max_duration=32ba", "save_interval=1000ba", "autoresume=true", "eval_interval=15ba"]
     command += [f"train_loader.num_workers={workers}", "global_eval_batch_size=4"]
     stopped, whole = tmp_path / "runs" / "stopped", tmp_path / "runs" / "whole"
     child = fork(in_evaluation if evaluating else main, [*command, "run_name=stopped"])

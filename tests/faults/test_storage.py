@@ -65,6 +65,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "-l", str(place)], check=False)
 
 
+@pytest.mark.faults
 def test_a_full_disk_ends_preparation_and_it_goes_on_later(
     tmp_path: Path, small_disk: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,7 +89,8 @@ def test_a_full_disk_ends_preparation_and_it_goes_on_later(
             assert path.read_bytes() == (disk / "out" / path.relative_to(tmp_path / "out")).read_bytes()
 
 
-@pytest.mark.parametrize("full", ["checkpoints", pytest.param("log", marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("full", ["checkpoints", "log"])
 def test_a_full_disk_ends_training_and_it_goes_on_later(
     recipe: Callable[..., Path], tmp_path: Path, small_disk: Callable[[int], Path], fork: Fork, full: str
 ) -> None:
