@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerFast
     device: torch.device
     record: Mapping[str, Any] = field(default_factory=dict)  # of the recipe that trained it; empty: not ours
+    file: Path = Path()  # of the weights
     truncated: int = 0  # texts that `encode` has cut so far
     encoded_tokens: int = 0  # tokens that `encode` has processed so far, padding not counted
 
@@ -239,4 +241,4 @@ def load(
     if target.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
     opened = open_model(path, tokenizer)
-    return LoadedModel(opened.network.to(target).eval(), opened.tokenizer, target, opened.record)
+    return LoadedModel(opened.network.to(target).eval(), opened.tokenizer, target, opened.record, opened.file)
