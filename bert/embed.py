@@ -88,7 +88,9 @@ def embed_file(
     if output.suffix not in OUTPUTS:
         raise DataError(f"--output {output}: its name must end in {' or '.join(OUTPUTS)}")
     if id_column is not None and output.suffix == ".npy":
-        raise DataError("a .npy file holds vectors only, in the order of the input: leave --id-column out, or use .parquet")
+        raise DataError(
+            "a .npy file holds vectors only, in the order of the input: leave --id-column out, or use .parquet"
+        )
     if chunk < 1 or batch_tokens < 1:
         raise DataError("--chunk and --batch-tokens must be at least 1")
     if not source.is_file():
@@ -150,7 +152,9 @@ def embed_file(
     except Timeout:
         raise DataError(f"another process is writing {output}") from None
     tokens = model.encoded_tokens - tokens
-    speed = f"{documents / seconds:,.1f} documents/s, {tokens / seconds:,.0f} tokens/s" if documents else "nothing to do"
+    speed = (
+        f"{documents / seconds:,.1f} documents/s, {tokens / seconds:,.0f} tokens/s" if documents else "nothing to do"
+    )
     return f"{output}: {total:,} vectors of {model.hidden_size}; {documents:,} made now, {speed} ({model.device.type})"
 
 
@@ -224,7 +228,9 @@ def _compare(path: Path, settings: dict[str, Any], what: Path) -> None:
         raise DataError(f"{what} is there, and nothing says what made it; --restart makes it anew")
     changed = [f"{key} was {found.get(key)}, now {value}" for key, value in settings.items() if found.get(key) != value]
     if changed:
-        raise DataError(f"{what} was made with other settings: {'; '.join(changed)}. --restart removes it and starts over")
+        raise DataError(
+            f"{what} was made with other settings: {'; '.join(changed)}. --restart removes it and starts over"
+        )
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
