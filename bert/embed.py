@@ -37,7 +37,7 @@ examples:
   python -m bert.embed exported/ --input docs.txt --text-documents paragraph --output vectors.npy --no-normalize
 
 A Parquet file has the columns id (that of --id-column, else the record's number from 0) and vector; a .npy file holds
-the vectors in the order of the records. OUTPUT.json beside it says what made it. A run that was stopped, however it was,
+the vectors in the order of the records. OUTPUT.json beside it says what made it. A run that was stopped, in any way,
 goes on when the same command is given again, and the result is the same file.
 """
 
