@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 
 USAGE = """usage: composer [-n DEVICES] main.py RECIPE.yaml [key=value ...]
 
-Pretrains the recipe (yamls/embeddings: fine-tunes it), for example: composer -n 8 main.py yamls/pretrain/m2-base.yaml data_local=data/c4
+Pretrains the recipe, for example: composer -n 8 main.py yamls/pretrain/m2-base.yaml data_local=data/c4
+(recipes in yamls/embeddings fine-tune a pretrained model for retrieval).
 dry_run=true prints its size and an estimate of its time instead. `key=value` changes any key of the recipe, such as
 optimizer.lr=4e-4 or algorithms.gradient_clipping=null. These are the keys:
 """
