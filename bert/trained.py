@@ -1,4 +1,4 @@
-"""Models that a recipe of this project trained: from a Composer checkpoint back to a model and its tokenizer."""
+"""From a file or folder back to a model: checkpoints of our recipes, of the original code, Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ import torch
 from omegaconf import OmegaConf
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-from bert.composer_models import MaskedLanguageModel, build_masked_lm
+from bert.checkpoint import load_original
+from bert.composer_models import HuggingFaceBert, MaskedLanguageModel, build_masked_lm
+from bert.configuration import M2BertConfig
 from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import CheckpointError, DataError
+from bert.modeling import M2BertForMaskedLM
 from bert.safe_loading import load_checkpoint_file
 
 log = logging.getLogger(__name__)
@@ -32,12 +35,13 @@ class TrainedModel:
 
     model: MaskedLanguageModel
     record: dict[str, Any]  # recipe (YAML), model (name, config), tokenizer_name, tokenizer_fingerprint, versions
+    file: Path = Path()  # of the checkpoint
 
     def tokenizer(self, name_or_path: str | None = None) -> PreTrainedTokenizerFast:
         """Return the tokenizer the model was trained with.
 
         Args:
-            name_or_path: where it is; None for the copy in the training data's folder.
+            name_or_path: where it is; None for the copy beside the checkpoint or in the training data's folder.
 
         Raises:
             DataError: it is not there, or is another one (its fingerprint differs).
@@ -49,7 +53,10 @@ class TrainedModel:
         return tokenizer
 
     def tokenizer_folder(self) -> str:
-        """Return the copy of the tokenizer in the training data's folder; DataError where it is gone."""
+        """Return the copy beside the checkpoint, or in the training data's folder; DataError where there is none."""
+        beside = self.file.resolve().parent / "tokenizer"
+        if beside.is_dir():
+            return str(beside)
         recipe = OmegaConf.create(self.record["recipe"])
         dataset = recipe.train_loader.dataset
         for stream in (dataset, *(dataset.get("streams") or {}).values()):
@@ -91,7 +98,7 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedModel:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{file} does not fit the model it names: {error}") from error
-    return TrainedModel(model.eval(), record)
+    return TrainedModel(model.eval(), record, file)
 
 
 def _build_for(name: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], file: Path) -> Any:
@@ -109,3 +116,98 @@ def _build_for(name: str, config: Mapping[str, Any], weights: Mapping[str, torch
     if different:
         raise CheckpointError(f"{file} does not fit the model it names: {', '.join(different[:5])} differ")
     return build_masked_lm(name, config, train_mask_rate=1.0, eval_mask_rate=1.0)
+
+
+# Files of a Hugging Face folder that hold weights, in the order they are looked for.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_ORIGINAL_MARK = "bert.encoder.layer."  # the original's layers; ours are bert.encoder.layers.
+
+
+@dataclass
+class OpenedModel:
+    """A network with its prediction head, from wherever it came."""
+
+    network: M2BertForMaskedLM | HuggingFaceBert
+    tokenizer: PreTrainedTokenizerFast
+    record: dict[str, Any]  # of a recipe of this project; empty for other models
+    file: Path  # of the weights
+
+
+def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> OpenedModel:
+    """Load any model that this project can read, in evaluation mode, on the CPU.
+
+    Args:
+        path: a run's folder or checkpoint; a checkpoint of the original code (with a config.json beside it where the
+            weights alone do not show enough); a Hugging Face folder of an M2-BERT (exported, or as published) or of a
+            BERT with its masked-token head.
+        tokenizer: name or path; None: the model's own copy.
+
+    Raises:
+        CheckpointError: there is nothing of the kind, it cannot be read without running code, or does not fit.
+        DataError: the tokenizer is not there, or is another one.
+    """
+    place = Path(path)
+    if place.is_dir() and not (place / LATEST_NAME).exists() and (place / "config.json").is_file():
+        file = next((place / name for name in WEIGHT_FILES if (place / name).is_file()), None)
+        if file is None:
+            raise CheckpointError(f"{place} has a config.json, but none of {', '.join(WEIGHT_FILES)}")
+        return OpenedModel(_from_folder(place, file), _tokenizer_of(tokenizer, place), {}, file)
+    file = place / LATEST_NAME if place.is_dir() else place
+    if place.is_dir() and not file.exists():
+        raise CheckpointError(f"{place} holds no model: neither {LATEST_NAME} (a run) nor config.json (Hugging Face)")
+    if file.suffix == ".safetensors" or not has_record(load_checkpoint_file(file)):
+        beside = file.with_name("config.json")
+        original = load_original(file, _read_config(beside) if beside.is_file() else {}, "mlm")
+        assert isinstance(original, M2BertForMaskedLM)
+        return OpenedModel(original, _tokenizer_of(tokenizer, file.parent), {}, file)
+    trained = load_trained(file)
+    return OpenedModel(trained.model.model.eval(), trained.tokenizer(tokenizer), trained.record, file)
+
+
+def _from_folder(folder: Path, file: Path) -> M2BertForMaskedLM | HuggingFaceBert:
+    config = _read_config(folder / "config.json")
+    state = load_checkpoint_file(file)
+    model_type = config.get("model_type")
+    is_monarch = "monarch_mixer_sequence_mixing" in config or "long_conv_l_max" in config
+    if model_type == M2BertConfig.model_type or is_monarch:
+        names = state if isinstance(state, Mapping) else {}
+        if "state" in names or any(_ORIGINAL_MARK in name for name in names):
+            original = load_original(file, config, "mlm")
+            assert isinstance(original, M2BertForMaskedLM)
+            return original
+    elif model_type != "bert":
+        raise CheckpointError(f"{folder}: models of type '{model_type}' cannot be read; m2_bert and bert can")
+    kind: Any = M2BertForMaskedLM if model_type != "bert" or is_monarch else HuggingFaceBert
+    try:
+        network, report = kind.from_pretrained(
+            str(folder), output_loading_info=True, weights_only=True, local_files_only=True
+        )
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    # The pooler and the next-sentence head of a pretrained BERT are of no use here; anything else must fit.
+    spare = ("bert.pooler.", "cls.seq_relationship.")
+    unknown = [name for name in report["unexpected_keys"] if not name.startswith(spare)]
+    problems = [*report["missing_keys"], *unknown, *(entry[0] for entry in report["mismatched_keys"])]
+    if problems:
+        raise CheckpointError(f"{folder}: the weights do not fit the configuration: {', '.join(problems[:5])}")
+    return network.eval()
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} is not a model's configuration")
+    return values
+
+
+def _tokenizer_of(name_or_path: str | None, folder: Path) -> PreTrainedTokenizerFast:
+    if name_or_path is None:
+        if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt")):
+            raise DataError(
+                f"{folder} holds no tokenizer: name it with --tokenizer (the published models: bert-base-uncased)"
+            )
+        name_or_path = str(folder)
+    return load_tokenizer(name_or_path)

@@ -25,6 +25,7 @@ from bert.recipe.schema import TrainConfig
 
 if TYPE_CHECKING:
     from bert.composer_models import MaskedLanguageModel
+    from bert.embeddings.task import ContrastiveTask
     from bert.glue.model import SequenceClassifier
 
 DEVICES = (None, "cpu", "gpu", "mps")
@@ -60,10 +61,18 @@ def _classifier(name: str) -> Entry:
     return Entry(build)
 
 
+def _contrastive(config: TrainConfig) -> ContrastiveTask:
+    from bert.embeddings.task import ContrastiveTask
+
+    return ContrastiveTask(config)
+
+
 MODEL_NAMES = ("m2_bert", "attention_bert", "hf_bert")
 
 # kind -> name -> what it builds. The kinds are the recipe's own section names.
 REGISTRY: dict[str, dict[str, Entry]] = {
+    # What replaces masked language modelling, which bert.recipe.train does itself.
+    "task": {"masked_lm": Entry(lambda config: None), "contrastive": Entry(_contrastive)},
     "model": {name: _masked_lm(name) for name in MODEL_NAMES},
     "classifier": {name: _classifier(name) for name in MODEL_NAMES},  # fine-tuning's `model` section
     "optimizer": {
@@ -227,6 +236,7 @@ def check_config(config: TrainConfig) -> None:
     check_sections(config)
     for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
         check_time(key, getattr(config, key))
+    check_choice("task", config.task, list(REGISTRY["task"]))
     check_choice("device", config.device, DEVICES)
     check_choice("python_log_level", config.python_log_level, LOG_LEVELS)
     check_choice("gradient_reduction", config.gradient_reduction, GRADIENT_REDUCTIONS)
@@ -272,7 +282,7 @@ def compile_arguments(config: Sections) -> dict[str, Any] | None:
 
 
 def build_model(config: TrainConfig) -> MaskedLanguageModel:
-    """The model with its loss and metrics, on the current default device."""
+    """The masked language model with its loss and metrics, on the current default device."""
     return build(
         "model",
         config.model.name,

@@ -53,6 +53,8 @@ def estimate(config: TrainConfig) -> Estimate:
     """
     from bert.composer_models import count_parameters, forward_flops_per_token
 
+    if config.task != "masked_lm":
+        raise RecipeError(f"a dry run knows what task masked_lm costs, not {config.task}")
     with torch.device("meta"):
         model = build_model(config)
     flops = forward_flops_per_token(model, config.max_seq_len)

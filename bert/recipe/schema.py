@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bert.data.loader_config import LoaderConfig
+from bert.embeddings.config import ContrastiveConfig
 from bert.errors import RecipeError, nearest
 
 RECIPE_FOLDER = Path("yamls/pretrain")
@@ -39,6 +40,7 @@ class TrainConfig:
     # --- names and folders
     run_name: str = MISSING  # names the run in logs, and in every path that holds {run_name}
     seed: int = 17  # of initialisation, dropout, shuffling and masking
+    task: str = "masked_lm"  # or contrastive: documents and queries of data_local/SPLIT.jsonl, see bert.data.pairs
     variables: dict[str, Any] = field(default_factory=dict)  # free: values for ${variables.x} elsewhere in the YAML
 
     # --- data
@@ -52,6 +54,7 @@ class TrainConfig:
     eval_loader: LoaderConfig | None = None  # null: no evaluation
 
     # --- model and its optimisation
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)  # for that task
     model: ModelConfig = field(default_factory=ModelConfig)
     # name, and the arguments of what it names; null takes an inherited argument back
     optimizer: dict[str, Any] = MISSING  # with param_groups: see bert.recipe.optim.parameter_groups

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer import Trainer
@@ -39,11 +39,15 @@ from bert.recipe.stopping import StopOnSignal, TrainingStoppedError
 from bert.safe_loading import safe_loading
 from monarch_mixer.kernels import use_kernels
 
+if TYPE_CHECKING:
+    from bert.embeddings.task import ContrastiveTask
+
 log = logging.getLogger(__name__)
 
 USAGE = """usage: composer [-n DEVICES] main.py RECIPE.yaml [key=value ...]
 
 Pretrains the recipe, for example: composer -n 8 main.py yamls/pretrain/m2-base.yaml data_local=data/c4
+(recipes in yamls/embeddings fine-tune a pretrained model for retrieval).
 dry_run=true prints its size and an estimate of its time instead. `key=value` changes any key of the recipe, such as
 optimizer.lr=4e-4 or algorithms.gradient_clipping=null. These are the keys:
 """
@@ -153,9 +157,16 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
     clean_stale_shared_memory()
 
     reproducibility.seed_all(config.seed)
-    model = builders.build_model(config)
-    train_data, eval_data = _check_data(config, model)
-    record = _record(config, train_data)
+    task = builders.build("task", config.task, config=config)
+    train_data, eval_data = None, None
+    if task is None:
+        model: Any = builders.build_model(config)
+        train_data, eval_data = _check_data(config, model)
+    else:
+        from bert.embeddings.task import whole_batches
+
+        model, config = task.model, whole_batches(config, device_batch)
+    record = _record(config, train_data, task)
     if start is not None:
         check_checkpoint(start, record, model)
     if dist.get_local_rank() == 0:
@@ -183,17 +194,19 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
     optimizer = builders.build_optimizer(config, model)
     if dist.get_global_rank() == 0:
         _write_recipe(config, folder)
+        if task is not None:
+            task.save_tokenizer(folder)
     stop, heartbeat = StopOnSignal(), Heartbeat(config.heartbeat_timeout)
     with safe_loading():
         trainer = Trainer(
             model=model,
-            train_dataloader=_data_spec(config, config.train_loader, device_batch, train=True),
+            train_dataloader=_data_spec(config, config.train_loader, device_batch, task, train=True),
             optimizers=optimizer,
             schedulers=builders.build_scheduler(config),
             algorithms=builders.build_algorithms(config),
             callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume(), SkipBatches(skipped), heartbeat, stop],
             loggers=loggers,
-            **_evaluation_arguments(config, eval_batch),
+            **_evaluation_arguments(config, eval_batch, task),
             **_trainer_arguments(config, device, device_batch, stop),
         )
     try:
@@ -303,27 +316,36 @@ def _check_data(config: TrainConfig, model: MaskedLanguageModel) -> tuple[Datase
     return train_data, eval_data
 
 
-def _record(config: TrainConfig, metadata: DatasetMetadata) -> dict[str, Any]:
+def _record(config: TrainConfig, metadata: DatasetMetadata | None, task: ContrastiveTask | None) -> dict[str, Any]:
     packages = ("monarch-mixer-bert", "torch", "mosaicml", "mosaicml-streaming", "transformers", "numpy")
+    if task is not None:
+        own = task.record()
+    else:
+        assert metadata is not None
+        own = {"tokenizer_fingerprint": metadata.tokenizer_fingerprint, "tokenizer_name": metadata.tokenizer_name}
     return {
         "recipe": to_yaml(config),
         "model": {"name": config.model.name, "config": config.model.config},
-        "tokenizer_fingerprint": metadata.tokenizer_fingerprint,
-        "tokenizer_name": metadata.tokenizer_name,
+        **own,
         "versions": {"python": platform.python_version(), **versions(packages)},
     }
 
 
-def _data_spec(config: TrainConfig, loader: LoaderConfig, device_batch: int, *, train: bool) -> Any:
+def _data_spec(
+    config: TrainConfig, loader: LoaderConfig, device_batch: int, task: ContrastiveTask | None, *, train: bool
+) -> Any:
+    if task is not None:
+        return task.data_spec(loader, device_batch, train=train)
     return build_data_spec(
         loader, device_batch_size=device_batch, max_seq_len=config.max_seq_len, seed=config.seed, train=train
     )
 
 
-def _evaluation_arguments(config: TrainConfig, device_batch: int) -> dict[str, Any]:
+def _evaluation_arguments(config: TrainConfig, device_batch: int, task: ContrastiveTask | None) -> dict[str, Any]:
     if config.eval_loader is None:
         return {}
-    evaluator = Evaluator(label="eval", dataloader=_data_spec(config, config.eval_loader, device_batch, train=False))
+    data = _data_spec(config, config.eval_loader, device_batch, task, train=False)
+    evaluator = Evaluator(label="eval", dataloader=data)
     return {
         "eval_dataloader": evaluator,
         "eval_interval": config.eval_interval,

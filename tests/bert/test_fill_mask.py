@@ -3,11 +3,10 @@ import json
 import pytest
 import torch
 
-from bert import fill_mask
+from bert import fill_mask, load
 from bert.composer_models import build_masked_lm
 from bert.data.tokenizer import fingerprint, train_wordpiece
 from bert.errors import CheckpointError, DataError
-from bert.fill_mask import fill_masks
 from bert.trained import LATEST_NAME, load_trained
 
 TEXTS = ["the cat sat on the mat", "a dog ran to the cat", "the mat is on the floor"] * 20
@@ -53,12 +52,12 @@ def test_a_checkpoint_or_its_folder_gives_the_model_back(checkpoint):
 
 
 def test_predictions_are_the_likeliest_words_at_each_mask(checkpoint):
-    trained = load_trained(checkpoint[0])
-    tokenizer = trained.tokenizer()
-    predictions = fill_masks(trained.model, tokenizer, "the [MASK] sat on the [MASK]", top=3)
+    loaded = load(checkpoint[0], device="cpu")
+    tokenizer = loaded.tokenizer
+    (predictions,) = loaded.fill_mask(["the [MASK] sat on the [MASK]"], top=3)
     encoded = tokenizer("the [MASK] sat on the [MASK]", padding="max_length", max_length=12, return_tensors="pt")
     with torch.no_grad():
-        logits = trained.model.model(encoded["input_ids"]).logits[encoded["input_ids"] == tokenizer.mask_token_id]
+        logits = loaded.network(encoded["input_ids"]).logits[encoded["input_ids"] == tokenizer.mask_token_id]
     assert len(predictions) == 2
     for prediction, row in zip(predictions, logits, strict=True):
         best = row[: len(tokenizer)].softmax(-1).sort(descending=True)
@@ -88,7 +87,7 @@ def test_mistakes_are_named(checkpoint, tmp_path, tokenizer):
     folder, _ = checkpoint
     trained = load_trained(folder)
     with pytest.raises(DataError, match="takes 12"):
-        fill_masks(trained.model, tokenizer, "the cat [MASK] " * 9)
+        load(folder, device="cpu").fill_mask(["the cat [MASK] " * 9])
     train_wordpiece([text.upper() + " other words" for text in TEXTS], 70).save_pretrained(tmp_path / "other")
     with pytest.raises(DataError, match="not the model's tokenizer"):
         trained.tokenizer(str(tmp_path / "other"))

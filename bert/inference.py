@@ -1,0 +1,244 @@
+"""Models to use: `model = load(path)`, then `model.encode(texts)` for embeddings or `model.fill_mask(texts)`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+from bert.composer_models import HuggingFaceBert
+from bert.errors import DataError, RecipeError, nearest
+from bert.modeling import M2BertForMaskedLM
+from bert.trained import open_model
+
+log = logging.getLogger(__name__)
+
+POOLINGS = ("mean", "first")
+BATCH_TOKENS = 16_384
+Prediction = list[tuple[str, float]]  # words with their probabilities, the likeliest first
+
+
+def leaves_padding_out(config: Any) -> bool:
+    """Whether outputs at real tokens are the same however much padding follows.
+
+    True for attention and for Monarch mixers with `mask_padding`; the published M2 models take padding for text.
+    """
+    return getattr(config, "leaves_padding_out", not getattr(config, "monarch_mixer_sequence_mixing", False))
+
+
+def longest_input(config: Any) -> int:
+    """Return the longest input of a model, in tokens."""
+    if hasattr(config, "max_sequence_length"):
+        return config.max_sequence_length or 1 << 30  # attention with ALiBi has no limit
+    return config.max_position_embeddings
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Pool hidden states (batch, length, hidden) to fp32 (batch, hidden): mean over real tokens, or the first token.
+
+    Args:
+        hidden: the encoder's output.
+        mask: (batch, length), 0 at padding.
+        pooling: "mean" or "first".
+    """
+    if pooling == "first":
+        return hidden[:, 0].float()
+    weights = mask[..., None].float()
+    return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def check_pooling(pooling: str) -> None:
+    """Raise RecipeError unless `pooling` is one of POOLINGS."""
+    if pooling not in POOLINGS:
+        raise RecipeError(f"pooling '{pooling}': {nearest(pooling, POOLINGS)}")
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int, *, equal: bool) -> Iterator[list[int]]:
+    """Yield the indices of batches of texts of like lengths, the longest first, which shows at once what memory takes.
+
+    Args:
+        lengths: tokens of each text.
+        batch_tokens: most tokens of a batch, padding included; a single text may have more.
+        equal: put only texts of equal length together.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch:
+            width = lengths[batch[0]]
+            if (len(batch) + 1) * width > batch_tokens or (equal and lengths[index] != width):
+                yield batch
+                batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode, with its tokenizer, on a device."""
+
+    network: M2BertForMaskedLM | HuggingFaceBert
+    tokenizer: PreTrainedTokenizerFast
+    device: torch.device
+    record: Mapping[str, Any] = field(default_factory=dict)  # of the recipe that trained it; empty: not ours
+    file: Path = Path()  # of the weights
+    truncated: int = 0  # texts that `encode` has cut so far
+    encoded_tokens: int = 0  # tokens that `encode` has processed so far, padding not counted
+
+    @property
+    def max_length(self) -> int:
+        """The longest input in tokens, [CLS] and [SEP] included."""
+        return longest_input(self.network.config)
+
+    @property
+    def hidden_size(self) -> int:
+        """The length of a vector."""
+        return self.network.config.hidden_size
+
+    @property
+    def pooling(self) -> str:
+        """How the model was fine-tuned to be pooled; "mean" where nothing says so."""
+        return self.record.get("pooling", "mean")
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: str | None = None,
+        normalize: bool = True,
+        batch_tokens: int = BATCH_TOKENS,
+        max_length: int | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> NDArray[np.float32]:
+        """Return one vector a text, (texts, hidden), float32, in the order of the texts.
+
+        A vector does not depend on the other texts. Models that leave padding out (`mask_padding`, attention) get
+        batches padded to their longest text. The others, which take padding for text, get batches of texts of equal
+        token length, without padding: a text alone is what they see. On CUDA matrix products run in bf16 (autocast).
+
+        Args:
+            texts: any number; longer ones than the model takes are cut, with one warning a model.
+            pooling: "mean" over all tokens, or "first"; None: as the model was fine-tuned, else "mean".
+            normalize: give vectors the length 1, so that their inner product is the cosine.
+            batch_tokens: most tokens of a batch, padding included.
+            max_length: cut texts to so many tokens, [CLS] and [SEP] included; None: the model's own limit.
+            progress: called with the number of texts of each finished batch.
+
+        Raises:
+            RecipeError: an unknown pooling, or a length that the model does not take.
+        """
+        pooling = self.pooling if pooling is None else pooling
+        check_pooling(pooling)
+        limit = self._limit(max_length)
+        ids = self.tokenize(texts, limit)
+        vectors = np.empty((len(ids), self.hidden_size), np.float32)
+        equal = not leaves_padding_out(self.network.config)
+        for batch in length_batches([len(row) for row in ids], batch_tokens, equal=equal):
+            hidden, mask = self._hidden([ids[index] for index in batch])
+            pooled = pool(hidden, mask, pooling)
+            if normalize:
+                pooled = F.normalize(pooled, dim=-1)
+            vectors[batch] = pooled.cpu().numpy()
+            self.encoded_tokens += sum(len(ids[index]) for index in batch)
+            if progress is not None:
+                progress(len(batch))
+        return vectors
+
+    def tokenize(self, texts: Sequence[str], limit: int) -> list[list[int]]:
+        """Return the token ids of texts, cut to `limit`; counts those that are cut, and warns of the first."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        long = [index for index, row in enumerate(ids) if len(row) > limit]
+        if long and not self.truncated:
+            log.warning("a text of %d tokens is cut to %d (and others, without a word)", len(ids[long[0]]), limit)
+        self.truncated += len(long)
+        for index in long:
+            ids[index] = [*ids[index][: limit - 1], ids[index][-1]]  # [SEP] stays last
+        return ids
+
+    def fill_mask(self, texts: Sequence[str], *, top: int = 5) -> list[list[Prediction]]:
+        """Predict, for each text and each mask in it, the `top` likeliest words.
+
+        A model that takes padding for text gets each text padded to the length that it was trained at.
+
+        Raises:
+            DataError: there is no mask, or the text is too long.
+        """
+        return [self._fill(text, top) for text in texts]
+
+    def _fill(self, text: str, top: int) -> list[Prediction]:
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        limit = self.max_length
+        if len(ids) > limit:
+            raise DataError(f"the text has {len(ids)} tokens, the model takes {limit}")
+        positions = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
+        if not positions:
+            raise DataError(f"there is no {self.tokenizer.mask_token} in: {text}")
+        hidden, _ = self._hidden([ids], width=None if leaves_padding_out(self.network.config) else limit)
+        with torch.inference_mode(), self._precision():
+            # The vocabulary is padded to a round number; what is beyond the tokenizer is no word.
+            logits = self.network.predict(hidden[0, positions])[:, : len(self.tokenizer)]
+            likeliest = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+        return [
+            [(str(self.tokenizer.decode([word])), probability) for word, probability in zip(words, row, strict=True)]
+            for words, row in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        ]
+
+    def _hidden(self, rows: list[list[int]], width: int | None = None) -> tuple[Tensor, Tensor]:
+        width = max(map(len, rows)) if width is None else width
+        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))  # type: ignore[arg-type]
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with torch.inference_mode(), self._precision():
+            return self.network.base_model(input_ids=ids, attention_mask=mask)[0], mask
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def _limit(self, max_length: int | None) -> int:
+        if max_length is None:
+            return self.max_length
+        if not 2 <= max_length <= self.max_length:
+            raise RecipeError(f"max_length {max_length}: this model takes 2 to {self.max_length} tokens")
+        return max_length
+
+
+def load(
+    path: str | os.PathLike[str], *, tokenizer: str | None = None, device: str | torch.device | None = None
+) -> LoadedModel:
+    """Load a model to use.
+
+    Args:
+        path: a run's folder or checkpoint, a Hugging Face folder, or a checkpoint of the original code; see
+            `bert.trained.open_model`.
+        tokenizer: name or path; None: the model's own copy.
+        device: such as "cpu" or "cuda:1"; None: a GPU where there is one.
+
+    Raises:
+        RecipeError: it cannot be loaded; CheckpointError and DataError say why.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise RecipeError(f"device '{device}' is unknown: use cpu or cuda") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
+    opened = open_model(path, tokenizer)
+    return LoadedModel(opened.network.to(target).eval(), opened.tokenizer, target, opened.record, opened.file)

@@ -1,0 +1,182 @@
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from bert import embed, load
+from bert.checkpoint import to_original
+from bert.configuration import M2BertConfig
+from bert.data.tokenizer import train_wordpiece
+from bert.errors import CheckpointError, DataError, RecipeError
+from bert.inference import length_batches
+from bert.modeling import M2BertForMaskedLM
+
+TEXTS = ["the cat sat on the mat", "a dog", "the mat is on the floor and the cat is on the mat", "cat", "", "a dog ran"]
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Hugging Face folders of an M2-BERT, of the attention baseline, and of Hugging Face's own BERT."""
+    torch.manual_seed(1)
+    tokenizer = train_wordpiece(TEXTS * 20, 60)
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": LIMIT,
+    }
+    monarch = {"long_conv_l_max": LIMIT, "hyena_filter_order": 4, "hyena_w": 1}
+    models = {
+        "m2": M2BertForMaskedLM(M2BertConfig(**sizes, **monarch)),
+        "attention": M2BertForMaskedLM(M2BertConfig(**sizes, monarch_mixer_sequence_mixing=False)),
+        "hf": BertForMaskedLM(BertConfig(**sizes)),
+    }
+    root = tmp_path_factory.mktemp("models")
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def alone(model, text, pooling):
+    ids = model.tokenizer(text)["input_ids"]
+    ids = [*ids[: LIMIT - 1], ids[-1]] if len(ids) > LIMIT else ids
+    with torch.no_grad():
+        hidden = model.network.base_model(input_ids=torch.tensor([ids]))[0][0]
+    return (hidden[0] if pooling == "first" else hidden.mean(0)).numpy()
+
+
+@pytest.mark.parametrize("name", ["m2", "attention", "hf"])
+def test_a_vector_is_that_of_the_text_alone_whatever_the_batch(folders, name):
+    model = load(folders / name, device="cpu")
+    for pooling in ("mean", "first"):
+        expected = np.stack([alone(model, text, pooling) for text in TEXTS])
+        for batch_tokens in (1, 20, 10_000):
+            for order in (range(len(TEXTS)), [3, 0, 5, 2, 4, 1]):
+                texts = [TEXTS[index] for index in order]
+                found = model.encode(texts, pooling=pooling, normalize=False, batch_tokens=batch_tokens)
+                assert found.dtype == np.float32
+                np.testing.assert_allclose(found, expected[list(order)], atol=1e-5)
+    normal = model.encode(TEXTS)
+    np.testing.assert_allclose(np.linalg.norm(normal, axis=1), 1, atol=1e-5)
+    assert model.encode([]).shape == (0, 16)
+
+
+def test_long_texts_are_cut_with_one_warning(folders, caplog):
+    model = load(folders / "m2", device="cpu")
+    model.encode([TEXTS[2] + " cat", TEXTS[2]])
+    model.encode([TEXTS[2] + " dog"])
+    assert model.truncated == 3 and len(caplog.records) == 1 and "cut to 12" in caplog.text
+    short = model.encode(["the cat sat on"], max_length=4)
+    np.testing.assert_allclose(short, model.encode(["the cat"]), atol=1e-6)
+    with pytest.raises(RecipeError, match="2 to 12"):
+        model.encode(["cat"], max_length=13)
+    with pytest.raises(RecipeError, match="did you mean 'mean'"):
+        model.encode(["cat"], pooling="meen")
+
+
+def test_batches_keep_to_the_budget_and_hold_every_text_once():
+    lengths = [5, 3, 9, 3, 3, 1, 20]
+    for equal in (False, True):
+        batches = list(length_batches(lengths, 10, equal=equal))
+        assert sorted(index for batch in batches for index in batch) == list(range(7))
+        for batch in batches:
+            own = [lengths[index] for index in batch]
+            assert len(own) == 1 or len(own) * max(own) <= 10
+            assert not equal or len(set(own)) == 1
+
+
+def test_checkpoints_of_the_original_code_load(folders, tmp_path):
+    ours = load(folders / "m2", device="cpu")
+    published = tmp_path / "published"
+    published.mkdir()
+    config = {"monarch_mixer_sequence_mixing": True, "intermediate_size": 16, "hyena_w": 1, "model_type": "bert"}
+    (published / "config.json").write_text(json.dumps(config))
+    state = {name: value.clone() for name, value in to_original(ours.network).items()}
+    torch.save(state, published / "pytorch_model.bin")
+    with pytest.raises(DataError, match="--tokenizer"):
+        load(published)
+    for path in (published, published / "pytorch_model.bin"):  # a folder, and a file beside its config.json
+        original = load(path, tokenizer=str(folders / "m2"), device="cpu")
+        np.testing.assert_array_equal(original.encode(TEXTS), ours.encode(TEXTS))
+    with pytest.raises(CheckpointError, match="holds no model"):
+        load(tmp_path)
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_file_becomes_vectors_in_its_order(folders, tmp_path, capsys):
+    source = write(tmp_path / "docs.jsonl", [{"key": f"d{i}", "text": text} for i, text in enumerate(TEXTS)])
+    model = load(folders / "hf", device="cpu")
+    arguments = [str(folders / "hf"), "--input", str(source), "--device", "cpu", "--chunk", "4", "--output"]
+    assert embed.main([*arguments, str(tmp_path / "v.parquet"), "--id-column", "key"]) == 0
+    assert "6 vectors of 16" in capsys.readouterr().out
+    table = pq.read_table(tmp_path / "v.parquet").to_pydict()
+    assert table["id"] == [f"d{i}" for i in range(6)]
+    np.testing.assert_allclose(table["vector"], model.encode(TEXTS), atol=1e-5)
+    assert not (tmp_path / "v.parquet.parts").exists()
+
+    (tmp_path / "docs.txt.gz").write_bytes(gzip.compress("\n".join(TEXTS[:4]).encode()))
+    embed.embed_file(
+        model, tmp_path / "docs.txt.gz", tmp_path / "v.npy", text_documents="line", pooling="first", normalize=False
+    )
+    expected = model.encode(TEXTS[:4], pooling="first", normalize=False)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, atol=1e-5)
+
+
+def test_other_settings_and_broken_lines_are_errors(folders, tmp_path, capsys):
+    source = write(tmp_path / "docs.jsonl", [{"text": "cat"}, {"text": 3}])
+    output = tmp_path / "v.npy"
+    command = [str(folders / "m2"), "--input", str(source), "--output", str(output), "--chunk", "1", "--device", "cpu"]
+    assert embed.main(command) == 2
+    assert f"{source}, line 2: column 'text' holds no text but int" in capsys.readouterr().err
+    assert len(list((tmp_path / "v.npy.parts").glob("part-*"))) == 1
+    assert embed.main([*command, "--pooling", "first"]) == 2
+    error = capsys.readouterr().err
+    assert "pooling was mean, now first" in error and "--restart" in error
+    write(source, [{"text": "cat"}])
+    assert embed.main([*command, "--restart"]) == 0
+    assert embed.main(command) == 0
+    assert "already there" in capsys.readouterr().out
+    assert embed.main([*command, "--max-length", "5"]) == 2
+    assert "max_length was 12, now 5" in capsys.readouterr().err
+    assert embed.main([*command[:4], str(tmp_path / "v.csv")]) == 2
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_file(folders, tmp_path):
+    source = write(tmp_path / "docs.jsonl", [{"text": f"{TEXTS[i % 6]} {TEXTS[i % 5]}"} for i in range(300)])
+    model = load(folders / "m2", device="cpu")
+    embed.embed_file(model, source, tmp_path / "whole.parquet", chunk=2)
+    output = tmp_path / "v.parquet"
+    command = [sys.executable, "-m", "bert.embed", str(folders / "m2"), "--input", str(source), "--output", str(output)]
+    process = subprocess.Popen([*command, "--chunk", "2", "--device", "cpu"], stderr=subprocess.DEVNULL)
+    parts = tmp_path / "v.parquet.parts"
+    deadline = time.monotonic() + 60
+    while len(list(parts.glob("part-*"))) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    made = {path: path.stat().st_mtime_ns for path in parts.glob("part-*")}
+    assert 5 <= len(made) < 150 and not output.exists()
+    newest = max(made, key=lambda path: made[path])
+    calls = []
+    encode = model.encode
+    model.encode = lambda texts, **options: calls.append(len(texts)) or encode(texts, **options)
+    embed.embed_file(model, source, output, chunk=2)
+    assert sum(calls) == 300 - 2 * len(made) and not newest.exists()
+    assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
