@@ -238,8 +238,8 @@ def _write(source: Source, path: Path, to: str) -> None:
     elif to == "original":
         state = {f"model.{name}": value for name, value in to_original(source.model).items()}
         torch.save({"state": {"model": state}}, path)
-        fields = {name: getattr(source.model.config, name) for name in M2BertConfig.field_names()}
-        text = json.dumps({**fields, "num_labels": source.model.config.num_labels}, indent=2) + "\n"
+        fields = source.model.config.to_dict()
+        text = json.dumps({key: value for key, value in fields.items() if key not in FOREIGN_FIELDS}, indent=2) + "\n"
         _config_beside(path).write_text(text, encoding="utf-8")
     else:
         onnx.export_onnx(source.model, path)
