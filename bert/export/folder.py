@@ -174,7 +174,7 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
     if config.monarch_mixer_sequence_mixing and not getattr(config, "mask_padding", False):
         lines += [
             f"**Padding.** This model's mixer processes padding as tokens. Its texts were padded to "
-            f"{config.max_sequence_length} tokens in training, so pad to that length (`padding=\"max_length\"`): shorter "
+            f'{config.max_sequence_length} tokens in training, so pad to that length (`padding="max_length"`): shorter '
             "inputs give other results. `pipeline` and sentence-transformers do not unless told to.",
             "",
         ]

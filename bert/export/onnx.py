@@ -61,7 +61,9 @@ class ToeplitzMixer(nn.Module):
         self.input_projection, self.output_projection = mixer.input_projection, mixer.output_projection
         self.short_weight, self.short_bias = mixer.short_weight, mixer.short_bias
         self.convolution = ToeplitzConvolution(mixer.filter)
-        self.residual_convolution = None if mixer.residual_filter is None else ToeplitzConvolution(mixer.residual_filter)
+        self.residual_convolution = (
+            None if mixer.residual_filter is None else ToeplitzConvolution(mixer.residual_filter)
+        )
 
     def forward(self, x: Tensor, _taps: Any = None, _cache: bool = True, lengths: Tensor | None = None) -> Tensor:
         """Mix x (batch, length, channels); `lengths` (batch,) are the real positions where padding is left out."""
