@@ -198,7 +198,7 @@ class LoadedModel:
 
     def _hidden(self, rows: list[list[int]], width: int | None = None) -> tuple[Tensor, Tensor]:
         width = max(map(len, rows)) if width is None else width
-        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))  # type: ignore[arg-type]
+        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
         mask = torch.zeros((len(rows), width), dtype=torch.long)
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row)
@@ -241,4 +241,6 @@ def load(
     if target.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
     opened = open_model(path, tokenizer)
-    return LoadedModel(opened.network.to(target).eval(), opened.tokenizer, target, opened.record, opened.file)
+    network = opened.network.eval()
+    torch.nn.Module.to(network, target)
+    return LoadedModel(network, opened.tokenizer, target, opened.record, opened.file)

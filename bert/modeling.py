@@ -461,7 +461,7 @@ class M2BertForSequenceClassification(M2BertPreTrainedModel):
 
 
 def _wants_dict(config: M2BertConfig, return_dict: bool | None) -> bool:
-    return config.use_return_dict if return_dict is None else return_dict
+    return config.return_dict if return_dict is None else return_dict
 
 
 AutoConfig.register(M2BertConfig.model_type, M2BertConfig)

@@ -51,10 +51,10 @@ def _pair(line: str, where: str) -> tuple[str, str]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: it is not JSON, one object a line ({error})") from None
-    pair = (record.get("query"), record.get("document")) if isinstance(record, dict) else (None, None)
-    if not all(isinstance(text, str) and text.strip() for text in pair):
-        raise DataError(f"{where}: it needs the strings 'query' and 'document', not empty")
-    return pair
+    query, document = (record.get("query"), record.get("document")) if isinstance(record, dict) else (None, None)
+    if isinstance(query, str) and query.strip() and isinstance(document, str) and document.strip():
+        return query, document
+    raise DataError(f"{where}: it needs the strings 'query' and 'document', not empty")
 
 
 class PairCollator:

@@ -66,12 +66,12 @@ def test_predictions_are_the_likeliest_words_at_each_mask(checkpoint):
 
 
 def test_texts_are_padded_for_models_that_see_padding_only(checkpoint):
-    trained = load_trained(checkpoint[0])
+    loaded = load(checkpoint[0])
     lengths = []
-    trained.model.model.bert.register_forward_hook(lambda _, __, output: lengths.append(output[0].shape[1]))
-    padded = fill_masks(trained.model, trained.tokenizer(), "the [MASK] sat")
-    trained.model.model.config.mask_padding = True
-    assert fill_masks(trained.model, trained.tokenizer(), "the [MASK] sat") != padded
+    loaded.network.bert.register_forward_hook(lambda _, __, output: lengths.append(output[0].shape[1]))
+    padded = loaded.fill_mask(["the [MASK] sat"])
+    loaded.network.config.mask_padding = True
+    assert loaded.fill_mask(["the [MASK] sat"]) != padded
     assert lengths == [12, 5]
 
 

@@ -1,0 +1,202 @@
+"""A Hugging Face folder of an M2-BERT: weights, configuration, modelling file, tokenizer and model card."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+from bert.configuration import M2BertConfig
+from bert.data.tokenizer import ROLES
+from bert.errors import CheckpointError
+from bert.export.sources import modeling_source
+from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
+
+Model = M2BertForMaskedLM | M2BertForSequenceClassification
+
+MODELING_FILE = "modeling_m2_bert"
+AUTO_CLASSES = {
+    "AutoConfig": "M2BertConfig",
+    "AutoModel": "M2BertModel",
+    "AutoModelForMaskedLM": "M2BertForMaskedLM",
+    "AutoModelForSequenceClassification": "M2BertForSequenceClassification",
+}
+# What a config.json holds besides the model's own fields; not taken over from the source's.
+FOREIGN_FIELDS = ("auto_map", "architectures", "model_type", "transformers_version", "_name_or_path", "torch_dtype")
+POOLING_FOLDER = "1_Pooling"
+
+
+def write_folder(
+    folder: Path,
+    model: Model,
+    tokenizer: PreTrainedTokenizerFast | None,
+    *,
+    origin: Mapping[str, Any],
+) -> None:
+    """Write a folder that `from_pretrained(folder, trust_remote_code=True)` and sentence-transformers read.
+
+    Args:
+        folder: an empty folder.
+        model: the model; its weights are written in their own dtype.
+        tokenizer: its tokenizer; None: the folder has none, and its card says so.
+        origin: what is known of where the model comes from, for the card (see `model_card`).
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / f"{MODELING_FILE}.py").write_text(modeling_source(), encoding="utf-8")
+    _write_json(folder / "config.json", config_json(model))
+    limit = model.config.max_sequence_length
+    if tokenizer is not None:
+        _portable(tokenizer, limit).save_pretrained(folder)
+        _write_sentence_transformer(folder, model.config, limit)
+    (folder / "README.md").write_text(model_card(model, tokenizer is not None, origin), encoding="utf-8")
+
+
+def config_json(model: Model) -> dict[str, Any]:
+    """Return the content of config.json: every field, by the names of the published checkpoints, and the classes."""
+    fields = model.config.to_dict()
+    for name in FOREIGN_FIELDS:
+        fields.pop(name, None)
+    return {
+        "architectures": [type(model).__name__],
+        "auto_map": {auto: f"{MODELING_FILE}.{name}" for auto, name in AUTO_CLASSES.items()},
+        "model_type": M2BertConfig.model_type,
+        **fields,
+    }
+
+
+def load_exported(folder: Path, kind: str) -> Any:
+    """Load a folder that `write_folder` wrote as somebody does who has its modelling file only.
+
+    The file is compared with what this project generates first: no code but our own is run.
+
+    Args:
+        folder: the folder.
+        kind: the class, such as "M2BertForMaskedLM".
+
+    Raises:
+        CheckpointError: the modelling file is another one.
+    """
+    path = folder / f"{MODELING_FILE}.py"
+    if path.read_text(encoding="utf-8") != modeling_source():
+        raise CheckpointError(f"{path} is not the file that this version writes: it is not run")
+    name = f"_exported_{MODELING_FILE}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, kind).from_pretrained(folder).eval()
+    finally:
+        del sys.modules[name]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _portable(tokenizer: PreTrainedTokenizerFast, limit: int | None) -> PreTrainedTokenizerFast:
+    """The same tokenizer as the class that every version of transformers reads from tokenizer.json alone."""
+    named = {f"{role}_token": getattr(tokenizer, f"{role}_token") for role in ROLES}
+    lengths = {} if limit is None else {"model_max_length": limit}
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **named, **lengths)
+
+
+def _write_sentence_transformer(folder: Path, config: M2BertConfig, limit: int | None) -> None:
+    """Write what sentence-transformers looks for: the encoder, then the mean over the real tokens."""
+    modules = [("0", "", "Transformer"), ("1", POOLING_FOLDER, "Pooling")]
+    _write_json(
+        folder / "modules.json",
+        [
+            {"idx": int(name), "name": name, "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for name, path, kind in modules
+        ],
+    )
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
+    (folder / POOLING_FOLDER).mkdir()
+    _write_json(
+        folder / POOLING_FOLDER / "config.json",
+        {
+            "word_embedding_dimension": config.hidden_size,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": True,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    )
+
+
+def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> str:
+    """Return the model card: what the source says about the model and nothing else.
+
+    Args:
+        model: the model.
+        has_tokenizer: whether the folder has one.
+        origin: "source" (kind of checkpoint), and where they are known "recipe" (YAML), "data" (a sentence), "metrics"
+            (name -> value), "versions", "license" (an identifier).
+    """
+    config = model.config
+    masked = isinstance(model, M2BertForMaskedLM)
+    license_name = origin.get("license")
+    head = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: transformers"]
+    head += [f"pipeline_tag: {'fill-mask' if masked else 'text-classification'}", "tags:", "- m2-bert", "---"]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    mixer = "Monarch Mixer" if config.monarch_mixer_sequence_mixing else "attention baseline"
+    lines = [
+        *head,
+        "",
+        "# M2-BERT",
+        "",
+        f"{mixer}, {count:,} parameters, {config.num_hidden_layers} layers of {config.hidden_size}, at most "
+        f"{config.max_sequence_length} tokens (Fu et al., *Monarch Mixer*, NeurIPS 2023, arXiv 2310.12109). Converted "
+        f"from {origin['source']}.",
+        "",
+        "```python",
+        f"from transformers import {'AutoModelForMaskedLM' if masked else 'AutoModelForSequenceClassification'} as Auto",
+        "",
+        "model = Auto.from_pretrained(folder, trust_remote_code=True)  # runs modeling_m2_bert.py of the folder",
+        "```",
+        "",
+    ]
+    if config.monarch_mixer_sequence_mixing and not getattr(config, "mask_padding", False):
+        lines += [
+            f"**Padding.** This model's mixer processes padding as tokens. Its texts were padded to "
+            f'{config.max_sequence_length} tokens in training, so pad to that length (`padding="max_length"`): shorter '
+            "inputs give other results. `pipeline` and sentence-transformers do not unless told to.",
+            "",
+        ]
+    if not has_tokenizer:
+        lines += ["The folder has no tokenizer: none was known or given when it was made.", ""]
+    for title, key in (("Data", "data"), ("Metrics", "metrics"), ("Recipe", "recipe"), ("Versions", "versions")):
+        lines += [f"## {title}", "", *_section(origin.get(key), key), ""]
+    lines += ["## Licence", "", license_name or "Not stated by the source.", ""]
+    return "\n".join(lines)
+
+
+def _section(value: Any, key: str) -> list[str]:
+    if not value:
+        return ["Not stated by the source."]
+    if key == "recipe":
+        return ["```yaml", str(value).rstrip(), "```"]
+    if isinstance(value, Mapping):
+        return [f"- {name}: {number}" for name, number in value.items()]
+    return [str(value)]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value where that is over 1; NaN counts as it."""
+    scale = max(1.0, expected.abs().max().item())
+    return ((found.to(torch.float64) - expected.to(torch.float64)).abs().max() / scale).item()
