@@ -27,7 +27,7 @@ def write_shards(
     """Write random samples of exactly `length` tokens, as `prepare` does in its concat layout."""
     tokens = np.random.default_rng(seed).integers(0, vocabulary, (samples, length), dtype=np.uint16)
     tokens[:, 0], tokens[:, -1] = special_ids["cls"], special_ids["sep"]
-    with MDSWriter(out=str(folder), columns={"input_ids": "ndarray:uint16"}) as out:
+    with MDSWriter(out=str(folder), columns={"input_ids": "ndarray:uint16"}, hashes=["xxh64"]) as out:
         for row in tokens:
             out.write({"input_ids": row})
     DatasetMetadata(

@@ -150,6 +150,7 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
     """
     config = model.config
     masked = isinstance(model, M2BertForMaskedLM)
+    auto = "AutoModelForMaskedLM" if masked else "AutoModelForSequenceClassification"
     license_name = origin.get("license")
     head = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: transformers"]
     head += [f"pipeline_tag: {'fill-mask' if masked else 'text-classification'}", "tags:", "- m2-bert", "---"]
@@ -165,9 +166,9 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
         f"from {origin['source']}.",
         "",
         "```python",
-        f"from transformers import {'AutoModelForMaskedLM' if masked else 'AutoModelForSequenceClassification'} as Auto",
+        f"from transformers import {auto}",
         "",
-        "model = Auto.from_pretrained(folder, trust_remote_code=True)  # runs modeling_m2_bert.py of the folder",
+        f"model = {auto}.from_pretrained(folder, trust_remote_code=True)  # runs modeling_m2_bert.py of the folder",
         "```",
         "",
     ]

@@ -115,6 +115,8 @@ class ImplicitFilter(nn.Module):
 
         The networks' linear layers keep their own initialisation.
         """
+        if self.times.is_meta:  # Hugging Face's 5.x builds models without memory, and loads every value afterwards
+            return
         times, features = position_grid(self.max_length, self.num_position_features)
         self.times.copy_(times)
         self.position_features.copy_(features)

@@ -138,7 +138,7 @@ def test_the_modelling_file_needs_torch_and_transformers_alone():
 
 
 def test_the_tokenizer_and_the_card_say_what_is_known(original):
-    folder, task, _ = original
+    folder, _, _ = original
     train_wordpiece(TEXTS, 60).save_pretrained(folder / "tokenizer")
     arguments = ("--config", folder / "config.json", "--tokenizer", folder / "tokenizer", "--license", "apache-2.0")
     assert run(folder / "golden.pt", folder / "hf", *arguments) == 0
