@@ -12,6 +12,17 @@ from bert.errors import RecipeError, nearest
 INITIALIZATIONS = ("per_layer", "legacy")
 # Experiments of the original code that never worked as named; a checkpoint cannot depend on them.
 UNSUPPORTED = ("expand_positional_embeddings", "sequence_token_planting", "attention_pooling")
+# What a config.json holds besides the model's own fields: of the code that wrote it, and not taken over.
+FOREIGN_FIELDS = (
+    "auto_map",
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "_name_or_path",
+    "torch_dtype",
+    "dtype",
+    "tokenizer_class",
+)
 
 
 class M2BertConfig(PretrainedConfig):

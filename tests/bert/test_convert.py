@@ -40,9 +40,9 @@ def test_goldens_come_back_bit_for_bit(original, capsys):
     for name, value in before.items():
         assert torch.equal(after[name], value) and after[name].dtype == value.dtype, name
     first = load_original(folder / "golden.pt", json.loads((folder / "config.json").read_text()), task)
-    second = load_original(folder / "back.pt", json.loads((folder / "back.config.json").read_text()), task)
+    second = load_original(folder / "back.pt", {}, task)
     assert torch.equal(first(*inputs).logits, second(*inputs).logits)
-    # And once more from the .pt that a conversion wrote, whose configuration lies beside it.
+    # And once more from the .pt that a conversion wrote, which holds its configuration.
     assert run(folder / "back.pt", folder / "again") == 0
     assert (folder / "again" / "config.json").read_text() == (folder / "hf" / "config.json").read_text()
 
@@ -111,12 +111,55 @@ def test_a_destination_is_not_overwritten_unasked(original, capsys):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_an_overwritten_folder_is_whole_at_every_moment(original, monkeypatch, stop_at):
+    """Fail at each of the renamings: the old folder has its name again, whole."""
+    folder, _, _ = original
+    arguments = (folder / "golden.pt", folder / "hf", "--config", folder / "config.json", "--overwrite")
+    assert run(*arguments) == 0
+    (folder / "hf" / "README.md").write_text("old")
+    rename, calls = os.rename, []
+
+    def stop(old, new):
+        calls.append(new)
+        if len(calls) == stop_at:
+            raise OSError("no")
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", stop)
+        assert run(*arguments) == 2
+    assert (folder / "hf" / "README.md").read_text() == "old" and (folder / "hf" / "config.json").is_file()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_kind_of_destination_is_not_replaced_by_another(original, capsys):
+    folder, _, _ = original
+    (folder / "model.pt").mkdir()
+    assert run(folder / "golden.pt", folder / "model.pt", "--config", folder / "config.json", "--overwrite") == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", range(3))
+def test_a_nan_in_any_batch_fails(original, capsys, monkeypatch, batch):
+    folder, _, _ = original
+    logits, calls = convert._logits, []
+
+    def wrong(*arguments):
+        calls.append(None)
+        return logits(*arguments) * (float("nan") if len(calls) == 4 + batch else 1)
+
+    monkeypatch.setattr(convert, "_logits", wrong)
+    assert run(folder / "golden.pt", folder / "hf", "--config", folder / "config.json", "--verify") == 2
+    assert "differs by nan" in capsys.readouterr().err and not (folder / "hf").exists()
+
+
 def test_a_result_that_differs_is_not_kept(original, capsys, monkeypatch):
     folder, _, _ = original
     write = convert.write_folder
 
     def wrong(path, model, tokenizer, **known):
-        model.bert.embeddings.norm.bias.data += 0.1
+        model.bert.embeddings.norm.bias.data[0] += 1
         write(path, model, tokenizer, **known)
 
     monkeypatch.setattr(convert, "write_folder", wrong)
