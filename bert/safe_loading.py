@@ -106,6 +106,19 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path} is not a whole checkpoint file: {error}") from error
 
 
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Look at the pickled weights of a Hugging Face folder before that library reads them.
+
+    Args:
+        folder: the folder; where there is none (a name on the Hub) nothing is looked at.
+
+    Raises:
+        CheckpointError: see `load_checkpoint_file`.
+    """
+    for path in sorted(Path(folder).glob("*.bin")):
+        load_checkpoint_file(path)
+
+
 def _refuse_legacy(path: str | os.PathLike[str]) -> None:
     with open(path, "rb") as file:
         if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:

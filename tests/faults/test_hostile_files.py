@@ -18,7 +18,7 @@ from streaming import MDSWriter
 from bert.data.checked_stream import zstd_content_size
 from bert.data.loader_config import DatasetConfig, LoaderConfig
 from bert.data.streaming_text import build_data_spec
-from bert.data.tokenizer import load_tokenizer
+from bert.data.tokenizer import load_tokenizer, train_wordpiece
 from bert.errors import CheckpointError, DataError, RecipeError
 from bert.recipe.schema import load_config
 from bert.recipe.train import main
@@ -154,6 +154,16 @@ def test_code_in_a_tokenizer_folder_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be loaded"):
         load_tokenizer(str(tmp_path))
     assert not trace.exists()
+
+
+def test_templates_of_a_tokenizer_are_not_written_anywhere(tmp_path: Path) -> None:
+    """CVE-2026-9856: their names are paths, and saving a copy of the tokenizer follows them."""
+    train_wordpiece(["a b c"] * 9, 40).save_pretrained(tmp_path / "hostile")
+    path = tmp_path / "hostile" / "tokenizer_config.json"
+    templates = [{"name": "default", "template": "x"}, {"name": "../../escaped", "template": "x"}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": templates}))
+    load_tokenizer(str(tmp_path / "hostile")).save_pretrained(tmp_path / "copies" / "tokenizer")
+    assert not list(tmp_path.rglob("escaped*")) and not list(tmp_path.rglob("*.jinja"))
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch {}']", "!!python/name:os.system", "!evil x"])
