@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bert.configuration import FOREIGN_FIELDS, M2BertConfig
 from bert.errors import CheckpointError, nearest
+from bert.exact_loading import blueprint, check_counts, checked_weights, listed, load_exactly
 from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
-from bert.safe_loading import blueprint, check_counts, checked_weights, listed, load_checkpoint_file, load_exactly
+from bert.safe_loading import load_checkpoint_file
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from bert.checkpoint import Model, load_any, load_original, read_config, save_original
 from bert.data.tokenizer import load_tokenizer
 from bert.errors import CheckpointError, RecipeError
+from bert.exact_loading import checked_weights
 from bert.export import onnx
 from bert.export.folder import difference, load_exported, write_folder
 from bert.modeling import M2BertForMaskedLM
-from bert.safe_loading import checked_weights, load_checkpoint_file
+from bert.safe_loading import load_checkpoint_file
 from bert.trained import LATEST_NAME, WEIGHT_FILES, has_record, load_trained
 
 log = logging.getLogger(__name__)

@@ -1,26 +1,26 @@
-"""Reading checkpoint files without running or believing what they bring: the one place that unpickles."""
+"""Reading checkpoint files without running what they bring: the one place that unpickles."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
+import io
 import os
 import pickle
 import re
+import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
-from torch import Tensor, nn
 
-from bert.errors import CheckpointError, RecipeError
-
-Network = TypeVar("Network", bound=nn.Module)
+from bert.errors import CheckpointError
 
 # What a Composer checkpoint holds besides tensors and plain values: times, torch's version, numpy's random state.
 HARMLESS: list[Any] = [
@@ -31,9 +31,15 @@ HARMLESS: list[Any] = [
     np.dtype,
     np.dtypes.UInt32DType,
 ]
-# A checkpoint may hold a tensor under several names, but not without end: each may become memory of its own.
-MAX_SHARING = 8
-MAX_SHOWN = 30
+_LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a file of torch before 1.6 begins so
+_STORAGE_WIDTHS = {"Untyped": 1, "Byte": 1, "Char": 1, "Bool": 1, "Short": 2, "Half": 2, "BFloat16": 2, "Int": 4} | {
+    "Float": 4,
+    "Long": 8,
+    "Double": 8,
+    "ComplexFloat": 8,
+    "ComplexDouble": 16,
+}  # bytes of an element, by the name of torch's class before "Storage"
+_CONTAINERS = {"OrderedDict": collections.OrderedDict, "Counter": collections.Counter}
 
 
 @contextlib.contextmanager
@@ -64,7 +70,7 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
     """Read a .pt, .bin or .safetensors file onto the CPU.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it asks to run code.
+        CheckpointError: there is no such file, it is damaged, or it asks to run code; or it is one of torch before 1.6.
     """
     try:
         if Path(path).suffix == ".safetensors":
@@ -74,6 +80,8 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
             mapped = zipfile.is_zipfile(path)
             if mapped:
                 _check_archive(path)
+            else:
+                _refuse_legacy(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
@@ -87,6 +95,10 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
         TypeError,
         LookupError,
         AttributeError,
+        ArithmeticError,
+        AssertionError,
+        struct.error,
+        zipfile.BadZipFile,
         SafetensorError,
     ) as error:
         if isinstance(error, CheckpointError):
@@ -94,16 +106,110 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path} is not a whole checkpoint file: {error}") from error
 
 
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Look at the pickled weights of a Hugging Face folder before that library reads them.
+
+    Args:
+        folder: the folder; where there is none (a name on the Hub) nothing is looked at.
+
+    Raises:
+        CheckpointError: see `load_checkpoint_file`.
+    """
+    for path in sorted(Path(folder).glob("*.bin")):
+        load_checkpoint_file(path)
+
+
+def _refuse_legacy(path: str | os.PathLike[str]) -> None:
+    with open(path, "rb") as file:
+        if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+            raise CheckpointError(
+                f"{path} is refused: it has the format of torch before 1.6, which cannot be checked before it is read. "
+                "If you trust it, load it and save it again with a newer torch"
+            )
+
+
 def _check_archive(path: str | os.PathLike[str]) -> None:
-    """Refuse an archive whose entries are larger than the file: torch stores them as they are, a bomb does not."""
+    """Refuse an archive whose parts are not what they claim, before torch believes them.
+
+    Entries larger than the file: torch stores them as they are, a bomb does not. And what torch before 2.10 takes
+    without a look (CVE-2026-24747): storages smaller than the pickle says, and items set in what is no dictionary.
+    """
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
-        sum(entry.file_size for entry in entries) > os.path.getsize(path)
-    ):
-        raise CheckpointError(
-            f"{path} is refused: its parts are compressed, or larger than the file; torch saves neither"
-        )
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()) or (
+            sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path)
+        ):
+            raise CheckpointError(
+                f"{path} is refused: its parts are compressed, or larger than the file; torch saves neither"
+            )
+        if len(entries) != len(archive.infolist()):
+            raise CheckpointError(f"{path} is refused: it has two parts of one name")
+        pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError(f"{path} is not a whole checkpoint file: it has {len(pickles)} parts data.pkl")
+        folder = pickles[0].removesuffix("data.pkl")
+        sizes = {
+            name.removeprefix(f"{folder}data/"): entry.file_size
+            for name, entry in entries.items()
+            if name.startswith(f"{folder}data/")
+        }
+        _InertUnpickler(archive.read(pickles[0]), sizes).load()
+
+
+class _Inert:
+    """What stands for every object that a pickle asks for; it does nothing, and is no dictionary."""
+
+    name = ""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> NoReturn:
+        raise pickle.UnpicklingError("items are set in what is no dictionary")
+
+
+class _InertUnpickler(pickle._Unpickler):  # in Python: the one in C lets a pickle ask for a memo of any size
+    """Walk through a pickle without making anything of it but plain containers.
+
+    Args:
+        content: the pickle.
+        sizes: bytes of each storage in the archive, by its key.
+    """
+
+    def __init__(self, content: bytes, sizes: dict[str, int]) -> None:
+        super().__init__(io.BytesIO(content))
+        self._sizes = sizes
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class that does nothing, whatever is asked for; torch refuses what it does not know."""
+        if module == "collections" and name in _CONTAINERS:
+            return _CONTAINERS[name]
+        return type("Inert", (_Inert,), {"name": name})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Compare the size that the pickle claims for a storage with the one that it has.
+
+        Raises:
+            pickle.UnpicklingError: it claims more than there is, or is no storage.
+        """
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+            raise pickle.UnpicklingError("it refers to what is no storage")
+        _, kind, key, _, count = pid
+        width = _STORAGE_WIDTHS.get(getattr(kind, "name", "").removesuffix("Storage"))
+        if width is None:
+            raise pickle.UnpicklingError("it has a storage of an unknown kind")
+        if type(count) is not int or count < 0 or count * width > self._sizes.get(key, -1):
+            raise pickle.UnpicklingError(f"storage {key} is smaller than the pickle says")
+        return _Inert()
 
 
 def is_torn(path: str | os.PathLike[str]) -> bool:
@@ -121,100 +227,6 @@ def is_torn(path: str | os.PathLike[str]) -> bool:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def checked_weights(content: Any, source: str) -> dict[str, Tensor]:
-    """Return a state dict, once it is known to hold plain weights, and about as many bytes as they claim.
-
-    Raises:
-        CheckpointError: it is no state dict, or a tensor of it is no weight (integers, sparse, quantized ...).
-    """
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-    ):
-        raise CheckpointError(
-            f"{source} holds no state dict (names with tensors), neither plainly nor under state/model"
-        )
-    for name, value in content.items():
-        plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
-        if not plain or not (value.is_floating_point() or name.endswith("position_ids")):
-            raise CheckpointError(f"{source} is refused: {name} is no weight ({value.dtype}, {value.layout})")
-    claimed = sum(value.numel() * value.element_size() for value in content.values())
-    held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in content.values()}
-    if claimed > MAX_SHARING * sum(held.values()):
-        raise CheckpointError(
-            f"{source} is refused: its tensors claim {claimed:,} bytes and hold {sum(held.values()):,}"
-        )
-    return dict(content)
-
-
-def check_counts(fields: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> None:
-    """Refuse a configuration with more layers or labels than weights: counting so far takes memory and time.
-
-    Raises:
-        CheckpointError: there are more.
-    """
-    longest = max((size for value in weights.values() for size in value.shape), default=0)
-    for name, limit in (("num_hidden_layers", len(weights)), ("num_labels", longest)):
-        value = fields.get(name)
-        if isinstance(value, int | float) and value > limit:
-            raise CheckpointError(f"{source} does not fit its configuration: {name} is {value:,}, over {limit:,}")
-
-
-def blueprint(build: Callable[[], Network], source: str) -> Network:
-    """Build a model without memory for its weights, to see what a configuration asks for.
-
-    Raises:
-        RecipeError: there is no such model.
-    """
-    try:
-        with torch.device("meta"):
-            return build()
-    except RecipeError:
-        raise
-    except Exception as error:  # whatever strange values make PyTorch or transformers raise
-        raise CheckpointError(f"{source}: its configuration describes no model: {_first_line(error)}") from error
-
-
-def load_exactly(build: Callable[[], Network], weights: Mapping[str, Tensor], source: str) -> Network:
-    """Build a model and load weights into it: all of them, and nothing is missing. In evaluation mode.
-
-    What the configuration asks for is compared with the weights before it takes memory: a file's word for it is as
-    little to be trusted as the rest of the file.
-
-    Args:
-        build: builds the model, anywhere.
-        weights: what `checked_weights` returned; see `check_counts` too.
-        source: for messages.
-
-    Raises:
-        CheckpointError: names or shapes differ; the message lists them.
-    """
-    expected = blueprint(build, source).state_dict()
-    problems = [f"missing     {name} {tuple(expected[name].shape)}" for name in expected if name not in weights]
-    problems += [f"unexpected  {name} {tuple(weights[name].shape)}" for name in weights if name not in expected]
-    problems += [
-        f"shape       {name}: {tuple(weights[name].shape)} in the file, {tuple(value.shape)} in the model"
-        for name, value in expected.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if problems:
-        raise CheckpointError(f"{source} does not fit the model it names; nothing was loaded:\n  {listed(problems)}")
-    model = build()
-    model.load_state_dict(weights, strict=True)
-    return model.eval()
-
-
-def listed(lines: list[str]) -> str:
-    """Join the lines of a message, the first ones where there are many."""
-    more = len(lines) - MAX_SHOWN
-    return "\n  ".join(lines[:MAX_SHOWN]) + (f"\n  ... and {more} more" if more > 0 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _reason(error: Exception) -> str:
     asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f"reading it would run code: it asks for {asked_for[1]}" if asked_for else "it is damaged"
+    return f"reading it would run code: it asks for {asked_for[1]}" if asked_for else f"it is damaged ({error})"

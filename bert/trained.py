@@ -19,8 +19,9 @@ from bert.composer_models import HuggingFaceBert, MaskedLanguageModel, build_mas
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import CheckpointError, DataError
+from bert.exact_loading import blueprint, check_counts, checked_weights, load_exactly
 from bert.modeling import M2BertForMaskedLM
-from bert.safe_loading import blueprint, check_counts, checked_weights, load_checkpoint_file, load_exactly
+from bert.safe_loading import load_checkpoint_file
 
 log = logging.getLogger(__name__)
 

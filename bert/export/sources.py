@@ -124,8 +124,8 @@ class _Collector:
         tree = ast.parse(text)
         for node in ast.walk(tree):
             used = node.id if isinstance(node, ast.Name) else ""
-            module = node.module if isinstance(node, ast.ImportFrom) else ""
-            if used in NEVER or (module or "").split(".")[0] in PROJECT:
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if used in NEVER or module.split(".")[0] in PROJECT:
                 raise SourceError(f"the exported file still needs {used or module}")
         return text
 

@@ -35,7 +35,7 @@ from bert.glue.metrics import DatasetMetric
 from bert.modeling import M2BertForSequenceClassification
 from bert.recipe import builders
 from bert.recipe.callbacks import differences
-from bert.safe_loading import load_checkpoint_file
+from bert.safe_loading import check_folder, load_checkpoint_file
 from bert.trained import LATEST_NAME, TrainedModel, has_record, load_trained
 
 log = logging.getLogger(__name__)
@@ -258,6 +258,7 @@ class Start:
         assert self.checkpoint is not None
         shared = {"trust_remote_code": self.trust_remote_code}
         try:
+            check_folder(self.checkpoint)
             config = AutoConfig.from_pretrained(self.checkpoint, **shared)
             self._apply(config)
             config.num_labels = num_labels
