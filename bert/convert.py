@@ -111,15 +111,21 @@ def _read_finetuned(file: Path, content: Mapping[str, Any]) -> Source:
         name, fields = section["name"], dict(section["config"] if section["name"] in OWN_MODELS else {})
         weights = checked_weights(content["weights"], str(file))
         metadata = dict(json.loads(content["metadata"]))
-        num_labels = len(weights["classifier.weight"])
+        num_labels = weights["classifier.weight"].shape[0]
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not the whole file of a fine-tuning job ({error!r})") from error
     if name not in OWN_MODELS:
         raise CheckpointError(f"{file}: this fine-tuned model is Hugging Face's own and no M2-BERT")
-    model = load_any(weights, {**fields, "num_labels": num_labels}, "classification", str(file))
-    notes = ["pooling is not recorded in a fine-tuned file: first token; set pool_all in config.json for the mean"]
+    notes = []
+    if "pooling" not in section:
+        notes.append(f"{file} does not say how it pools: by the first token; set pool_all in config.json for the mean")
+    fields |= {"num_labels": num_labels, "pool_all": section.get("pooling") == "mean"}
+    labels = metadata.get("labels")
+    if isinstance(labels, list) and len(labels) == num_labels:
+        fields |= {"id2label": dict(enumerate(labels)), "label2id": {str(name): i for i, name in enumerate(labels)}}
+    model = load_any(weights, fields, "classification", str(file))
     origin = {"source": f"a fine-tuning job on {metadata.get('task')}", "metrics": metadata.get("metrics")}
     return Source(model, None, origin, notes)
 
