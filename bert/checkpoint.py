@@ -113,9 +113,15 @@ def load_original(
         CheckpointError: the file cannot be read without running code, or names or shapes do not match; the message
             lists the differences.
     """
+    content, name = _opened(source)
+    return _load_original(content, name, config, task, allow_new_head)
+
+
+def _load_original(
+    content: Any, name: str, config: Mapping[str, Any], task: str | None, allow_new_head: bool = False
+) -> Model:
     if task is not None and task not in TASKS:
         raise CheckpointError(f"no task '{task}': {nearest(task, TASKS)}")
-    content, name = _opened(source)
     original = _state_dict(content, name)
     fields = config_of({**_recorded_fields(content), **_fields_shown_by(original), **config}, original, name)
     kind = TASKS[task or _task_shown_by(original)]
@@ -123,10 +129,21 @@ def load_original(
     def build() -> Model:
         return kind(fields)
 
-    allow_new_head = allow_new_head and kind is M2BertForSequenceClassification
-    given, new = _check_match(blueprint(build, name), original, allow_new_head=allow_new_head)
+    expected = to_original(blueprint(build, name))  # every name and shape the original model of this configuration has
+    given, new = dict(original), set()
+    if allow_new_head and kind is M2BertForSequenceClassification:
+        new = {key for key in expected if key.startswith(CLASSIFICATION_HEAD_PREFIXES) and key not in given}
+        given = {key: value for key, value in given.items() if not key.startswith(MLM_HEAD_PREFIX)}
+    if new:
+        log.warning("drawn anew, since the checkpoint lacks them: %s", ", ".join(sorted(new)))
+    if problems := _differences(expected, given, new) or _check_ties(given):
+        raise CheckpointError(f"{name} does not fit the model; nothing was loaded:\n  {listed(problems)}")
     model = build()
-    _copy_into(model, given, new)
+    state = model.state_dict()
+    with torch.no_grad():
+        for ours, original_names in _names(fields).items():
+            if ours in state and original_names[0] not in new:
+                state[ours].copy_(given[original_names[0]].reshape(state[ours].shape))
     return model.eval()
 
 
@@ -147,7 +164,7 @@ def load_any(
     content, _ = _opened(source)
     state = _state_dict(content, name)
     if not is_ours(state):
-        return load_original(content, config, task)
+        return _load_original(content, name, config, task)
     fields = config_of(config, state, name)
     kind = TASKS[task or _task_shown_by(state)]
     return load_exactly(lambda: kind(fields), state, name)
@@ -171,8 +188,10 @@ def config_of(values: Mapping[str, Any], weights: Mapping[str, Tensor], source: 
     """
     check_counts(values, weights, source)
     values = {key: value for key, value in values.items() if key not in FOREIGN_FIELDS}
-    if shadowing := [key for key in values if callable(getattr(M2BertConfig, key, None))]:
-        raise CheckpointError(f"{source}: the configuration has an impossible field '{shadowing[0]}'")
+    for key in values:
+        known = getattr(M2BertConfig, key, None)
+        if callable(known) or (isinstance(known, property) and known.fset is None):
+            raise CheckpointError(f"{source}: the configuration has an impossible field '{key}'")
     try:
         return M2BertConfig(**values)
     except Exception as error:  # whatever strange values make transformers raise
@@ -304,24 +323,8 @@ def _to_original_shape(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _copy_into(model: Model, given: Mapping[str, Tensor], new: set[str]) -> None:
-    state = model.state_dict()
-    with torch.no_grad():
-        for ours, original_names in _names(model.config).items():
-            if ours in state and original_names[0] not in new:
-                state[ours].copy_(given[original_names[0]].reshape(state[ours].shape))
-
-
-def _check_match(model: Model, original: dict[str, Tensor], *, allow_new_head: bool) -> tuple[dict[str, Tensor], set]:
-    """Compare weights with what a model expects; return those to load, and the names that are drawn anew."""
-    expected = to_original(model)  # every name and shape the original model of this configuration has
-    given = dict(original)
-    new: set[str] = set()
-    if allow_new_head:
-        new = {name for name in expected if name.startswith(CLASSIFICATION_HEAD_PREFIXES) and name not in given}
-        given = {name: value for name, value in given.items() if not name.startswith(MLM_HEAD_PREFIX)}
-        if new:
-            log.warning("drawn anew, since the checkpoint lacks them: %s", ", ".join(sorted(new)))
+def _differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], new: set[str]) -> list[str]:
+    """Say which of the original's names and shapes a checkpoint differs in, a line each."""
     problems = [
         f"missing     {name} {tuple(value.shape)}"
         for name, value in expected.items()
@@ -329,16 +332,11 @@ def _check_match(model: Model, original: dict[str, Tensor], *, allow_new_head: b
         if name not in given and name not in new and name != POSITION_IDS
     ]
     problems += [f"unexpected  {name} {tuple(value.shape)}" for name, value in given.items() if name not in expected]
-    problems += [
+    return problems + [
         f"shape       {name}: checkpoint {tuple(given[name].shape)}, model {tuple(value.shape)}"
         for name, value in expected.items()
         if name in given and given[name].shape != value.shape
     ]
-    if not problems:
-        problems = _check_ties(given)
-    if problems:
-        raise CheckpointError(f"the checkpoint does not fit the model; nothing was loaded:\n  {listed(problems)}")
-    return given, new
 
 
 def _check_ties(given: dict[str, Tensor]) -> list[str]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from transformers import BertConfig
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+from yaml import YAMLError
 
 from bert.checkpoint import load_any, load_original, read_config
 from bert.composer_models import HuggingFaceBert, MaskedLanguageModel, build_masked_lm, count_parameters
@@ -48,8 +50,8 @@ class TrainedModel:
             DataError: it is not there, or is another one (its fingerprint differs).
         """
         tokenizer = load_tokenizer(name_or_path or self.tokenizer_folder())
-        found, expected = fingerprint(tokenizer), self.record["tokenizer_fingerprint"]
-        if found != expected:
+        found, expected = fingerprint(tokenizer), self.record.get("tokenizer_fingerprint")
+        if expected is not None and found != expected:
             raise DataError(f"this is not the model's tokenizer: its fingerprint is {found}, the model's {expected}")
         return tokenizer
 
@@ -58,22 +60,29 @@ class TrainedModel:
         beside = self.file.resolve().parent / "tokenizer"
         if beside.is_dir():
             return str(beside)
-        recipe = OmegaConf.create(self.record["recipe"])
-        dataset = recipe.train_loader.dataset
-        for stream in (dataset, *(dataset.get("streams") or {}).values()):
-            folder = Path(str(stream.get("local") or dataset.get("local")), str(stream.get("split") or ""), "tokenizer")
-            if folder.is_dir():
-                return str(folder)
+        for folder in self._data_folders():
+            if (folder / "tokenizer").is_dir():
+                return str(folder / "tokenizer")
         raise DataError(
-            f"the model's tokenizer ({self.record['tokenizer_name']}) is not where the training data was: name it, or "
-            f"its folder, with --tokenizer"
+            f"the model's tokenizer ({self.record.get('tokenizer_name')}) is not where the training data was: name it, "
+            f"or its folder, with --tokenizer"
         )
+
+    def _data_folders(self) -> list[Path]:
+        """The folders of the training splits, as the recipe names them; none where it names none."""
+        try:
+            dataset = OmegaConf.create(self.record["recipe"]).train_loader.dataset
+            streams = (dataset, *(dataset.get("streams") or {}).values())
+            return [Path(str(s.get("local") or dataset.get("local")), str(s.get("split") or "")) for s in streams]
+        except (KeyError, TypeError, AttributeError, ValueError, OmegaConfBaseException, YAMLError):
+            return []
 
 
 def has_record(content: Any) -> bool:
     """Say whether the content of a checkpoint file was saved by a recipe of this project."""
     state = content.get("state") if isinstance(content, Mapping) else None
-    return isinstance(state, Mapping) and RECORD_NAME in (state.get("callbacks") or {})
+    callbacks = state.get("callbacks") if isinstance(state, Mapping) else None
+    return isinstance(callbacks, Mapping) and RECORD_NAME in callbacks
 
 
 def load_trained(path: str | os.PathLike[str]) -> TrainedModel:

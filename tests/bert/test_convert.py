@@ -174,7 +174,12 @@ def test_a_fine_tuned_file_with_odd_parts_is_one_message(finetuned, tmp_path, ca
         "text",
         {"state": []},
         {"state": {"model": {}, "callbacks": {"RecipeRecord": {"record": "3"}}}},
-        {"state": {"model": {"x": torch.zeros(1)}, "callbacks": {"RecipeRecord": {"record": '{"model": {"name": 1}}'}}}},
+        {
+            "state": {
+                "model": {"x": torch.zeros(1)},
+                "callbacks": {"RecipeRecord": {"record": '{"model": {"name": 1}}'}},
+            }
+        },
         {"state": {"model": {"x": torch.zeros(1)}, "callbacks": {"RecipeRecord": {}}}},
         {"state": {"callbacks": 3}},
         {"kind": "monarch-mixer-bert fine-tuned"},
