@@ -160,7 +160,7 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
 
 
 def folder_pooling(folder: Path) -> str:
-    """Return how a folder says that its vectors are pooled: by the "first" token, or "mean", also where it is silent."""
+    """Return how a folder says that its vectors are pooled: the "first" token, or "mean", also where it is silent."""
     path = folder / "1_Pooling" / "config.json"
     settings = read_config(path) if path.is_file() else {}
     return "first" if settings.get("pooling_mode_cls_token") or settings.get("pooling_mode") == "cls" else "mean"

@@ -62,6 +62,7 @@ def checks(folder: str, inputs: dict[str, Any], device: str) -> Iterator[tuple[s
         classify = pipeline("text-classification", model=folder, trust_remote_code=True, device=device, top_k=None)
         first, second = inputs["texts"][:2]
         found = [classify(first), classify({"text": first, "text_pair": second})]
+        found = [entries[0] if isinstance(entries[0], list) else entries for entries in found]
         return [{entry["label"]: entry["score"] for entry in entries} for entries in found]
 
     def vectors() -> torch.Tensor:
@@ -89,7 +90,7 @@ def main(inputs: str, *folders: str) -> None:
             for check, run in checks(folder, given[name], device):
                 try:
                     result: Any = {"value": run()}
-                except Exception:
+                except Exception:  # noqa: BLE001 - it becomes the result
                     result = {"error": traceback.format_exc()}
                 results.setdefault(f"{name} {device}", {})[check] = result
     torch.save(results, outputs)
