@@ -346,6 +346,7 @@ def save_finetuned(path: Path, model: SequenceClassifier, start: Start, metadata
         fields = {name: getattr(config, name) for name in M2BertConfig.field_names()}
         name = "m2_bert" if config.monarch_mixer_sequence_mixing else "attention_bert"
         section = {"name": name, "config": {key: value for key, value in fields.items() if key != "pool_all"}}
+        section["pooling"] = "mean" if config.pool_all else "first"
     elif isinstance(config, BertConfig):
         section = {"name": "hf_bert", "config": {name: getattr(config, name) for name in bert_fields()}}
     content = {"kind": FINETUNED, "model": section, "weights": model.model.state_dict()}
