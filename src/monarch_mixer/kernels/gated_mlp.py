@@ -7,6 +7,9 @@ all 2 * inner_block rows of the weights there. Programs work on some tokens and 
 Layouts are chosen so that every other product is one `torch.bmm` of views. The intermediate is (num_blocks, tokens,
 inner_block); the gradients of gates and values together are (num_blocks, tokens, 2 * inner_block), by *input* block.
 The backward pass computes gates and values again from x, so that a training step keeps no intermediate.
+
+This module has the operator; its kernels are in `gated_mlp_forward` and `gated_mlp_backward`, and what those share in
+`gated_mlp_tiles`.
 """
 
 from __future__ import annotations
