@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bert.configuration import M2BertConfig
+from bert.configuration import FOREIGN_FIELDS, M2BertConfig
 from bert.errors import CheckpointError, nearest
+from bert.exact_loading import blueprint, check_counts, checked_weights, listed, load_exactly
 from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
 from bert.safe_loading import load_checkpoint_file
 
 log = logging.getLogger(__name__)
+
+Model = M2BertForMaskedLM | M2BertForSequenceClassification
 
 TASKS: dict[str, type[M2BertForMaskedLM] | type[M2BertForSequenceClassification]] = {
     "mlm": M2BertForMaskedLM,
@@ -78,23 +83,26 @@ POSITION_IDS = "bert.embeddings.position_ids"  # 0, 1, ...: nothing to store
 # Where an MLM and a classification checkpoint differ, in the original's names.
 MLM_HEAD_PREFIX = "cls."
 CLASSIFICATION_HEAD_PREFIXES = ("bert.pooler.", "classifier.")
+OUR_LAYERS = "bert.encoder.layers."  # the original's are bert.encoder.layer.
+# Where Composer's Hugging Face wrapper puts a model's configuration in a checkpoint.
+RECORDED_FIELDS = ("state", "integrations", "huggingface", "model", "config", "content")
 
 
 def load_original(
     source: str | os.PathLike[str] | Mapping[str, Any],
     config: Mapping[str, Any],
-    task: str,
+    task: str | None,
     *,
     allow_new_head: bool = False,
-) -> M2BertForMaskedLM | M2BertForSequenceClassification:
+) -> Model:
     """Load a checkpoint of the original M2 code into our model, wholly or not at all.
 
     Args:
         source: a Composer checkpoint (.pt with `state/model/model.*`), a file with a plain state dict (.pt, .bin or
             .safetensors), or such a dict.
-        config: the model's configuration in the original's field names; what it leaves out and the weights show
-            (mixers, sizes, lengths) is read from the weights.
-        task: "mlm" or "classification".
+        config: the model's configuration in the original's field names; what it leaves out is read from the weights
+            (mixers, sizes, lengths), or else from the configuration that a Composer checkpoint may hold.
+        task: "mlm" or "classification"; None: what the weights show.
         allow_new_head: with task "classification", whether a masked-LM checkpoint may be loaded, with a pooler and a
             classifier drawn anew (said in the log).
 
@@ -105,20 +113,109 @@ def load_original(
         CheckpointError: the file cannot be read without running code, or names or shapes do not match; the message
             lists the differences.
     """
-    if task not in TASKS:
+    content, name = _opened(source)
+    return _load_original(content, name, config, task, allow_new_head)
+
+
+def _load_original(
+    content: Any, name: str, config: Mapping[str, Any], task: str | None, allow_new_head: bool = False
+) -> Model:
+    if task is not None and task not in TASKS:
         raise CheckpointError(f"no task '{task}': {nearest(task, TASKS)}")
-    original = read_state_dict(source)
-    values = {**_fields_shown_by(original), **config}
-    try:
-        model_config = M2BertConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the configuration does not describe a model: {error}") from error
-    model = TASKS[task](model_config)
-    _load_into(model, original, allow_new_head=allow_new_head and task == "classification")
+    original = _state_dict(content, name)
+    fields = config_of({**_recorded_fields(content), **_fields_shown_by(original), **config}, original, name)
+    kind = TASKS[task or _task_shown_by(original)]
+
+    def build() -> Model:
+        return kind(fields)
+
+    expected = to_original(blueprint(build, name))  # every name and shape the original model of this configuration has
+    given, new = dict(original), set()
+    if allow_new_head and kind is M2BertForSequenceClassification:
+        new = {key for key in expected if key.startswith(CLASSIFICATION_HEAD_PREFIXES) and key not in given}
+        given = {key: value for key, value in given.items() if not key.startswith(MLM_HEAD_PREFIX)}
+    if new:
+        log.warning("drawn anew, since the checkpoint lacks them: %s", ", ".join(sorted(new)))
+    if problems := _differences(expected, given, new) or _check_ties(given):
+        raise CheckpointError(f"{name} does not fit the model; nothing was loaded:\n  {listed(problems)}")
+    model = build()
+    state = model.state_dict()
+    with torch.no_grad():
+        for ours, original_names in _names(fields).items():
+            if ours in state and original_names[0] not in new:
+                state[ours].copy_(given[original_names[0]].reshape(state[ours].shape))
     return model.eval()
 
 
-def to_original(model: M2BertForMaskedLM | M2BertForSequenceClassification) -> dict[str, Tensor]:
+def load_any(
+    source: str | os.PathLike[str] | Mapping[str, Any], config: Mapping[str, Any], task: str | None, name: str
+) -> Model:
+    """Load weights by our names or the original's, as the names show; `config` describes the model.
+
+    Args:
+        source: as in `load_original`.
+        config: the content of a config.json.
+        task: as in `load_original`.
+        name: of the source, for messages.
+
+    Raises:
+        CheckpointError: as in `load_original`.
+    """
+    content, _ = _opened(source)
+    state = _state_dict(content, name)
+    if not is_ours(state):
+        return _load_original(content, name, config, task)
+    fields = config_of(config, state, name)
+    kind = TASKS[task or _task_shown_by(state)]
+    return load_exactly(lambda: kind(fields), state, name)
+
+
+def is_ours(names: Iterable[str]) -> bool:
+    """Say whether a state dict has our names, not the original's."""
+    return any(name.startswith(OUR_LAYERS) for name in names)
+
+
+def config_of(values: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> M2BertConfig:
+    """Make the configuration that a config.json describes, without what it says of other code.
+
+    Args:
+        values: its content.
+        weights: those of the model, which bound it (see `check_counts`).
+        source: for messages.
+
+    Raises:
+        CheckpointError: it describes no model, or a larger one than the weights'.
+    """
+    check_counts(values, weights, source)
+    values = {key: value for key, value in values.items() if key not in FOREIGN_FIELDS}
+    for key in values:
+        known = getattr(M2BertConfig, key, None)
+        if callable(known) or (isinstance(known, property) and known.fset is None):
+            raise CheckpointError(f"{source}: the configuration has an impossible field '{key}'")
+    try:
+        return M2BertConfig(**values)
+    except Exception as error:  # whatever strange values make transformers raise
+        raise CheckpointError(f"{source}: the configuration does not describe a model: {error}") from error
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a config.json.
+
+    Raises:
+        CheckpointError: it is not there, or holds no fields.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {file}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} is not a model's configuration")
+    return values
+
+
+def to_original(model: Model) -> dict[str, Tensor]:
     """Return the model's state dict with every name the original code expects, and in its shapes.
 
     The tensors are detached and share memory with the model, and with each other where the original tied them.
@@ -131,10 +228,22 @@ def to_original(model: M2BertForMaskedLM | M2BertForSequenceClassification) -> d
         for name in names:
             original[name] = _to_original_shape(name, state[ours])
     if model.config.use_positional_encodings:
-        original[POSITION_IDS] = torch.arange(model.config.max_position_embeddings)[None]
+        device = original[WORD_EMBEDDINGS].device
+        original[POSITION_IDS] = torch.arange(model.config.max_position_embeddings, device=device)[None]
     if isinstance(model, M2BertForMaskedLM):
         original[DECODER] = original[WORD_EMBEDDINGS]
     return original
+
+
+def save_original(model: Model, path: Path) -> None:
+    """Write a Composer checkpoint of the original code, with the configuration where Composer would put it.
+
+    One file, so that weights and configuration cannot part.
+    """
+    fields = {key: value for key, value in model.config.to_dict().items() if key not in FOREIGN_FIELDS}
+    state = {f"model.{name}": value for name, value in to_original(model).items()}
+    record = {"huggingface": {"model": {"config": {"file_extension": ".json", "content": fields}}}}
+    torch.save({"state": {"model": state, "integrations": record}}, path)
 
 
 def read_state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -143,17 +252,34 @@ def read_state_dict(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[
     Raises:
         CheckpointError: there is no such file, it cannot be read without running code, or holds no state dict.
     """
-    content = source if isinstance(source, Mapping) else load_checkpoint_file(source)
-    name = "the given dict" if isinstance(source, Mapping) else str(source)
+    return _state_dict(*_opened(source))
+
+
+def _opened(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Any, str]:
+    if isinstance(source, Mapping):
+        return source, "the given dict"
+    return load_checkpoint_file(source), str(source)
+
+
+def _state_dict(content: Any, name: str) -> dict[str, Tensor]:
     for key in ("state", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{name} holds no state dict (names with tensors), neither plainly nor under state/model")
-    state = dict(content)
+    state = checked_weights(content, name)
     while prefix := next((p for p in WRAPPER_PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key[len(prefix) :]: value for key, value in state.items()}
     return state
+
+
+def _recorded_fields(content: Any) -> dict[str, Any]:
+    """Return the configuration that a Composer checkpoint holds; empty where there is none."""
+    for key in RECORDED_FIELDS:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return {key: content[key] for key in content if isinstance(key, str)} if isinstance(content, Mapping) else {}
+
+
+def _task_shown_by(state: Mapping[str, Tensor]) -> str:
+    return "classification" if "classifier.weight" in state else "mlm"
 
 
 def _names(config: M2BertConfig) -> dict[str, tuple[str, ...]]:
@@ -197,27 +323,8 @@ def _to_original_shape(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _load_into(
-    model: M2BertForMaskedLM | M2BertForSequenceClassification, original: dict[str, Tensor], *, allow_new_head: bool
-) -> None:
-    names = _names(model.config)
-    expected = to_original(model)  # every name and shape the original model of this configuration has
-    given = dict(original)
-    new: set[str] = set()
-    if allow_new_head:
-        new = {name for name in expected if name.startswith(CLASSIFICATION_HEAD_PREFIXES) and name not in given}
-        given = {name: value for name, value in given.items() if not name.startswith(MLM_HEAD_PREFIX)}
-        if new:
-            log.warning("drawn anew, since the checkpoint lacks them: %s", ", ".join(sorted(new)))
-    _check_match(expected, given, new)
-    state = model.state_dict()
-    with torch.no_grad():
-        for ours, original_names in names.items():
-            if ours in state and original_names[0] not in new:
-                state[ours].copy_(given[original_names[0]].reshape(state[ours].shape))
-
-
-def _check_match(expected: dict[str, Tensor], given: dict[str, Tensor], new: set[str]) -> None:
+def _differences(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], new: set[str]) -> list[str]:
+    """Say which of the original's names and shapes a checkpoint differs in, a line each."""
     problems = [
         f"missing     {name} {tuple(value.shape)}"
         for name, value in expected.items()
@@ -225,16 +332,11 @@ def _check_match(expected: dict[str, Tensor], given: dict[str, Tensor], new: set
         if name not in given and name not in new and name != POSITION_IDS
     ]
     problems += [f"unexpected  {name} {tuple(value.shape)}" for name, value in given.items() if name not in expected]
-    problems += [
+    return problems + [
         f"shape       {name}: checkpoint {tuple(given[name].shape)}, model {tuple(value.shape)}"
         for name, value in expected.items()
         if name in given and given[name].shape != value.shape
     ]
-    if not problems:
-        problems = _check_ties(given)
-    if problems:
-        shown = "\n  ".join(problems[:30]) + (f"\n  ... and {len(problems) - 30} more" if len(problems) > 30 else "")
-        raise CheckpointError(f"the checkpoint does not fit the model; nothing was loaded:\n  {shown}")
 
 
 def _check_ties(given: dict[str, Tensor]) -> list[str]:
@@ -291,5 +393,5 @@ def _fields_shown_by(original: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _layer_numbers(names: Iterable[str]) -> list[int]:
-    matches = (re.match(r"bert\.encoder\.layer\.(\d+)\.", name) for name in names)
+    matches = (re.match(r"bert\.encoder\.layer\.(\d{1,9})\.", name) for name in names)
     return [int(match[1]) for match in matches if match]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -12,6 +13,17 @@ from bert.errors import RecipeError, nearest
 INITIALIZATIONS = ("per_layer", "legacy")
 # Experiments of the original code that never worked as named; a checkpoint cannot depend on them.
 UNSUPPORTED = ("expand_positional_embeddings", "sequence_token_planting", "attention_pooling")
+# What a config.json holds besides the model's own fields: of the code that wrote it, and not taken over.
+FOREIGN_FIELDS = (
+    "auto_map",
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "_name_or_path",
+    "torch_dtype",
+    "dtype",
+    "tokenizer_class",
+)
 
 
 class M2BertConfig(PretrainedConfig):
@@ -38,7 +50,7 @@ class M2BertConfig(PretrainedConfig):
         initializer_range: float = 0.02,  # standard deviation of the linear layers and embeddings
         initialization: str = "per_layer",  # "legacy" starts all layers alike in part, as the original code did
         layer_norm_eps: float = 1e-12,
-        pad_token_id: int = 0,
+        pad_token_id: int | None = 0,
         classifier_dropout: float | None = None,  # None: hidden_dropout_prob
         monarch_mixer_sequence_mixing: bool = True,  # False: the attention baseline
         attention_alibi: bool = True,  # attention baseline only: linear distance bias (ALiBi) on the scores
@@ -136,6 +148,11 @@ class M2BertConfig(PretrainedConfig):
         return self.mask_padding or not self.monarch_mixer_sequence_mixing
 
     def _validate(self) -> None:
+        parameters = inspect.signature(type(self).__init__).parameters
+        for name in self.field_names():
+            kind, _, optional = str(parameters[name].annotation).partition(" | ")
+            if not _is_a(kind, value := getattr(self, name)) and not (optional and value is None):
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
         for name in UNSUPPORTED:
             if getattr(self, name, False):
                 raise ValueError(f"{name}=True is not supported: it never worked in the original code")
@@ -166,3 +183,12 @@ class M2BertConfig(PretrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must divide by {self.num_attention_heads} attention heads"
             )
+
+
+def _is_a(kind: str, value: Any) -> bool:
+    """Say whether a value is of a field's kind; a number that is not finite is of none."""
+    if kind == "int":
+        return type(value) is int
+    if kind == "float":
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value).__name__ == kind

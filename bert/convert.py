@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,23 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert.checkpoint import load_original, read_state_dict, to_original
-from bert.configuration import M2BertConfig
+from bert.checkpoint import Model, load_any, load_original, read_config, save_original
 from bert.data.tokenizer import load_tokenizer
 from bert.errors import CheckpointError, RecipeError
+from bert.exact_loading import checked_weights
 from bert.export import onnx
-from bert.export.folder import FOREIGN_FIELDS, Model, difference, load_exported, write_folder
-from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
+from bert.export.folder import difference, load_exported, write_folder
+from bert.modeling import M2BertForMaskedLM
 from bert.safe_loading import load_checkpoint_file
-from bert.trained import LATEST_NAME, has_record, load_trained
+from bert.trained import LATEST_NAME, WEIGHT_FILES, has_record, load_trained
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("huggingface", "original", "onnx")
 SUFFIXES = {".pt": "original", ".onnx": "onnx"}
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 TOLERANCES = {"huggingface": 1e-5, "original": 1e-5, "onnx": 1e-4}
+OWN_MODELS = ("m2_bert", "attention_bert")
 FINETUNED = "monarch-mixer-bert fine-tuned"  # bert.glue.model.FINETUNED, without importing the sweep
 
 
@@ -60,8 +59,7 @@ def read_source(
     Args:
         path: a run's folder or a checkpoint of it; a fine-tuned job's file; a Hugging Face folder (ours, or one of the
             published models' with config.json and weights by the original's names); an original checkpoint.
-        config_file: JSON with the model's fields, for a file that does not bring them. Default: NAME.config.json
-            beside the file, which a conversion to the original format writes.
+        config_file: JSON with the model's fields, for a file that does not bring them.
         task: "mlm" or "classification"; None: what the weights show.
         tokenizer: name or path of the tokenizer; None: the source's own.
 
@@ -76,9 +74,10 @@ def read_source(
         if has_record(content):
             return _read_run(path, tokenizer)
         if isinstance(content, Mapping) and content.get("kind") == FINETUNED:
-            found = _read_finetuned(content)
+            found = _read_finetuned(file, content)
         else:
-            found = _read_original(file, content, config_file, task)
+            config = {} if config_file is None else read_config(config_file)
+            found = Source(load_any(file, config, task, str(file)), origin={"source": "an original M2 checkpoint"})
     if tokenizer is not None:
         load_tokenizer(tokenizer)
         found.tokenizer_name = tokenizer
@@ -106,18 +105,29 @@ def _last_evaluation(path: Path) -> dict[str, Any]:
     return {name: value for name, value in evaluations[-1].items() if name != "event"} if evaluations else {}
 
 
-def _read_finetuned(content: Mapping[str, Any]) -> Source:
-    section, weights = content["model"], content["weights"]
-    if section["name"] not in ("m2_bert", "attention_bert"):
-        raise RecipeError("this fine-tuned model is Hugging Face's own and no M2-BERT")
-    fields = M2BertConfig.from_recipe(dict(section["config"]))
-    fields.num_labels = len(weights["classifier.weight"])
-    model = M2BertForSequenceClassification(fields)
-    _load_strictly(model, weights, "the fine-tuned model")
-    metadata = json.loads(content["metadata"])
-    notes = ["pooling is not recorded in a fine-tuned file: first token; set pool_all in config.json for the mean"]
+def _read_finetuned(file: Path, content: Mapping[str, Any]) -> Source:
+    try:
+        section = content["model"]
+        name, fields = section["name"], dict(section["config"] if section["name"] in OWN_MODELS else {})
+        weights = checked_weights(content["weights"], str(file))
+        metadata = dict(json.loads(content["metadata"]))
+        num_labels = weights["classifier.weight"].shape[0]
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not the whole file of a fine-tuning job ({error!r})") from error
+    if name not in OWN_MODELS:
+        raise CheckpointError(f"{file}: this fine-tuned model is Hugging Face's own and no M2-BERT")
+    notes = []
+    if "pooling" not in section:
+        notes.append(f"{file} does not say how it pools: by the first token; set pool_all in config.json for the mean")
+    fields |= {"num_labels": num_labels, "pool_all": section.get("pooling") == "mean"}
+    labels = metadata.get("labels")
+    if isinstance(labels, list) and len(labels) == num_labels:
+        fields |= {"id2label": dict(enumerate(labels)), "label2id": {str(name): i for i, name in enumerate(labels)}}
+    model = load_any(weights, fields, "classification", str(file))
     origin = {"source": f"a fine-tuning job on {metadata.get('task')}", "metrics": metadata.get("metrics")}
-    return Source(model.eval(), None, origin, notes)
+    return Source(model, None, origin, notes)
 
 
 def _read_folder(path: Path, task: str | None) -> Source:
@@ -126,61 +136,11 @@ def _read_folder(path: Path, task: str | None) -> Source:
     files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
     if not files:
         raise CheckpointError(f"{path} has no weights: one file, {' or '.join(WEIGHT_FILES)}")
-    content = load_checkpoint_file(files[0])
-    config = _read_config(path / "config.json")
-    if any(name.startswith("bert.encoder.layers.") for name in content):
-        kind = M2BertForSequenceClassification if "classifier.weight" in content else M2BertForMaskedLM
-        try:
-            model: Model = kind(M2BertConfig(**config))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path / 'config.json'}: {error}") from error
-        _load_strictly(model, content, str(files[0]))
-        found = Source(model.eval(), origin={"source": "a Hugging Face folder of monarch-mixer-bert"})
-    else:
-        found = _from_original(content, config, task, "a folder with the original M2 names")
+    model = load_any(files[0], read_config(path / "config.json"), task, str(path))
+    found = Source(model, origin={"source": "a Hugging Face folder"})
     if any((path / name).is_file() for name in TOKENIZER_FILES):
         found.tokenizer_name = str(path)
     return found
-
-
-def _read_original(file: Path, content: Any, config_file: Path | None, task: str | None) -> Source:
-    beside = _config_beside(file)
-    if config_file is None and beside.is_file():
-        config_file = beside
-        log.info("configuration: %s", beside)
-    config = {} if config_file is None else _read_config(config_file)
-    return _from_original(content, config, task, "an original M2 checkpoint")
-
-
-def _from_original(content: Any, config: Mapping[str, Any], task: str | None, source: str) -> Source:
-    state = read_state_dict(content)
-    if task is None:
-        task = "classification" if "classifier.weight" in state else "mlm"
-    model = load_original(state, config, task)
-    return Source(model, origin={"source": source})
-
-
-def _config_beside(file: Path) -> Path:
-    return file.with_name(f"{file.stem}.config.json")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"there is no file {path}") from None
-    except ValueError as error:
-        raise RecipeError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} holds no fields of a model")
-    return {name: value for name, value in content.items() if name not in FOREIGN_FIELDS}
-
-
-def _load_strictly(model: Model, weights: Mapping[str, Tensor], source: str) -> None:
-    try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{source} does not fit its configuration; nothing was converted: {error}") from error
 
 
 def convert(
@@ -203,11 +163,11 @@ def convert(
     """
     if to == "onnx":
         onnx.check_installed()
-    taken = destination.exists() and not (destination.is_dir() and not any(destination.iterdir()))
-    if taken and not overwrite:
-        raise RecipeError(f"{destination} exists: give another name, or --overwrite")
-    if taken and destination.is_dir() is not (to == "huggingface"):
-        raise RecipeError(f"{destination} is {'a folder' if destination.is_dir() else 'a file'}: give another name")
+    if destination.exists():
+        if destination.is_dir() is not (to == "huggingface"):
+            raise RecipeError(f"{destination} is {'a folder' if destination.is_dir() else 'a file'}: give another name")
+        if not overwrite and not (destination.is_dir() and not any(destination.iterdir())):
+            raise RecipeError(f"{destination} exists: give another name, or --overwrite")
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as name:
         temporary = Path(name) / destination.name
@@ -217,17 +177,30 @@ def convert(
         largest = None
         if verify:
             found = [_run(source, temporary, to, *pair) for pair in inputs]
-            largest = max(difference(a, b) for a, b in zip(found, expected, strict=True))
+            differences = [difference(a, b) for a, b in zip(found, expected, strict=True)]
+            largest = torch.tensor(differences).max().item()  # NaN where one is: Python's max may pass it over
             if not largest <= TOLERANCES[to]:
                 raise CheckpointError(f"the result differs by {largest:.1e}, over {TOLERANCES[to]:.0e}: not kept")
-        # A file's companions first: the destination's own name says that all is there.
-        for companion in temporary.parent.iterdir():
-            if companion != temporary:
-                os.replace(companion, destination.parent / companion.name)
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        os.replace(temporary, destination)
+        _put_in_place(temporary, destination)
     return largest
+
+
+def _put_in_place(temporary: Path, destination: Path) -> None:
+    """Give what lies at `temporary`, in a hidden folder beside it, the destination's name.
+
+    A file takes another's place at once. No call replaces a folder that is not empty: the old one goes into the hidden
+    folder first, and whoever is killed between the two renamings finds both there, whole.
+    """
+    if not destination.is_dir():
+        os.replace(temporary, destination)
+        return
+    old = temporary.with_name(f"{temporary.name}.old")
+    os.rename(destination, old)
+    try:
+        os.rename(temporary, destination)
+    except OSError:
+        os.rename(old, destination)
+        raise
 
 
 def _write(source: Source, path: Path, to: str) -> None:
@@ -236,11 +209,7 @@ def _write(source: Source, path: Path, to: str) -> None:
         tokenizer = None if source.tokenizer_name is None else load_tokenizer(source.tokenizer_name)
         write_folder(path, source.model, tokenizer, origin=source.origin)
     elif to == "original":
-        state = {f"model.{name}": value for name, value in to_original(source.model).items()}
-        torch.save({"state": {"model": state}}, path)
-        fields = source.model.config.to_dict()
-        text = json.dumps({key: value for key, value in fields.items() if key not in FOREIGN_FIELDS}, indent=2) + "\n"
-        _config_beside(path).write_text(text, encoding="utf-8")
+        save_original(source.model, path)
     else:
         onnx.export_onnx(source.model, path)
 
@@ -269,8 +238,7 @@ def _run(source: Source, path: Path, to: str, ids: Tensor, mask: Tensor) -> Tens
     if to == "onnx":
         return onnx.run_onnx(path, ids, mask)
     if to == "original":
-        config = _read_config(_config_beside(path))
-        return _logits(load_original(path, config, source.task), ids, mask)
+        return _logits(load_original(path, {}, source.task), ids, mask)
     return _logits(load_exported(path, type(source.model).__name__), ids, mask)
 
 
@@ -301,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if to == "huggingface" and source.tokenizer_name is None:
             sys.stderr.write("note: no tokenizer is written, for the source has none: --tokenizer names one\n")
         largest = convert(source, arguments.destination, to, verify=arguments.verify, overwrite=arguments.overwrite)
-    except RecipeError as error:
+    except (RecipeError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     if largest is not None:

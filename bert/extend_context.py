@@ -33,7 +33,7 @@ from bert.checkpoint import read_state_dict
 from bert.configuration import M2BertConfig
 from bert.errors import CheckpointError, RecipeError
 from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
-from bert.safe_loading import load_checkpoint_file
+from bert.safe_loading import check_folder, load_checkpoint_file
 from bert.trained import LATEST_NAME, RECORD_NAME, has_record, load_trained
 from monarch_mixer.filters import EXTENSION_MODES, extend_positions, extend_rows
 
@@ -159,6 +159,7 @@ def _extend_hugging_face(path: Path, length: int, mode: str, folder: Path) -> No
     name = (config.architectures or [M2BertForMaskedLM.__name__])[0]
     if name not in ARCHITECTURES:
         raise CheckpointError(f"{path} holds a {name}: known are {', '.join(ARCHITECTURES)}")
+    check_folder(path)
     model, report = ARCHITECTURES[name].from_pretrained(path, output_loading_info=True)
     misfit = [*report["missing_keys"], *report["unexpected_keys"]]
     if misfit:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
+import io
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -28,6 +31,15 @@ HARMLESS: list[Any] = [
     np.dtype,
     np.dtypes.UInt32DType,
 ]
+_LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a file of torch before 1.6 begins so
+_STORAGE_WIDTHS = {"Untyped": 1, "Byte": 1, "Char": 1, "Bool": 1, "Short": 2, "Half": 2, "BFloat16": 2, "Int": 4} | {
+    "Float": 4,
+    "Long": 8,
+    "Double": 8,
+    "ComplexFloat": 8,
+    "ComplexDouble": 16,
+}  # bytes of an element, by the name of torch's class before "Storage"
+_CONTAINERS = {"OrderedDict": collections.OrderedDict, "Counter": collections.Counter}
 
 
 @contextlib.contextmanager
@@ -58,7 +70,7 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
     """Read a .pt, .bin or .safetensors file onto the CPU.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it asks to run code.
+        CheckpointError: there is no such file, it is damaged, or it asks to run code; or it is one of torch before 1.6.
     """
     try:
         if Path(path).suffix == ".safetensors":
@@ -68,6 +80,8 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
             mapped = zipfile.is_zipfile(path)
             if mapped:
                 _check_archive(path)
+            else:
+                _refuse_legacy(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
@@ -81,6 +95,10 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
         TypeError,
         LookupError,
         AttributeError,
+        ArithmeticError,
+        AssertionError,
+        struct.error,
+        zipfile.BadZipFile,
         SafetensorError,
     ) as error:
         if isinstance(error, CheckpointError):
@@ -88,16 +106,110 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path} is not a whole checkpoint file: {error}") from error
 
 
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Look at the pickled weights of a Hugging Face folder before that library reads them.
+
+    Args:
+        folder: the folder; where there is none (a name on the Hub) nothing is looked at.
+
+    Raises:
+        CheckpointError: see `load_checkpoint_file`.
+    """
+    for path in sorted(Path(folder).glob("*.bin")):
+        load_checkpoint_file(path)
+
+
+def _refuse_legacy(path: str | os.PathLike[str]) -> None:
+    with open(path, "rb") as file:
+        if file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
+            raise CheckpointError(
+                f"{path} is refused: it has the format of torch before 1.6, which cannot be checked before it is read. "
+                "If you trust it, load it and save it again with a newer torch"
+            )
+
+
 def _check_archive(path: str | os.PathLike[str]) -> None:
-    """Refuse an archive whose entries are larger than the file: torch stores them as they are, a bomb does not."""
+    """Refuse an archive whose parts are not what they claim, before torch believes them.
+
+    Entries larger than the file: torch stores them as they are, a bomb does not. And what torch before 2.10 takes
+    without a look (CVE-2026-24747): storages smaller than the pickle says, and items set in what is no dictionary.
+    """
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
-        sum(entry.file_size for entry in entries) > os.path.getsize(path)
-    ):
-        raise CheckpointError(
-            f"{path} is refused: its parts are compressed, or larger than the file; torch saves neither"
-        )
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()) or (
+            sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path)
+        ):
+            raise CheckpointError(
+                f"{path} is refused: its parts are compressed, or larger than the file; torch saves neither"
+            )
+        if len(entries) != len(archive.infolist()):
+            raise CheckpointError(f"{path} is refused: it has two parts of one name")
+        pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError(f"{path} is not a whole checkpoint file: it has {len(pickles)} parts data.pkl")
+        folder = pickles[0].removesuffix("data.pkl")
+        sizes = {
+            name.removeprefix(f"{folder}data/"): entry.file_size
+            for name, entry in entries.items()
+            if name.startswith(f"{folder}data/")
+        }
+        _InertUnpickler(archive.read(pickles[0]), sizes).load()
+
+
+class _Inert:
+    """What stands for every object that a pickle asks for; it does nothing, and is no dictionary."""
+
+    name = ""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> NoReturn:
+        raise pickle.UnpicklingError("items are set in what is no dictionary")
+
+
+class _InertUnpickler(pickle._Unpickler):  # in Python: the one in C lets a pickle ask for a memo of any size
+    """Walk through a pickle without making anything of it but plain containers.
+
+    Args:
+        content: the pickle.
+        sizes: bytes of each storage in the archive, by its key.
+    """
+
+    def __init__(self, content: bytes, sizes: dict[str, int]) -> None:
+        super().__init__(io.BytesIO(content))
+        self._sizes = sizes
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class that does nothing, whatever is asked for; torch refuses what it does not know."""
+        if module == "collections" and name in _CONTAINERS:
+            return _CONTAINERS[name]
+        return type("Inert", (_Inert,), {"name": name})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Compare the size that the pickle claims for a storage with the one that it has.
+
+        Raises:
+            pickle.UnpicklingError: it claims more than there is, or is no storage.
+        """
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+            raise pickle.UnpicklingError("it refers to what is no storage")
+        _, kind, key, _, count = pid
+        width = _STORAGE_WIDTHS.get(getattr(kind, "name", "").removesuffix("Storage"))
+        if width is None:
+            raise pickle.UnpicklingError("it has a storage of an unknown kind")
+        if type(count) is not int or count < 0 or count * width > self._sizes.get(key, -1):
+            raise pickle.UnpicklingError(f"storage {key} is smaller than the pickle says")
+        return _Inert()
 
 
 def is_torn(path: str | os.PathLike[str]) -> bool:
@@ -117,4 +229,4 @@ def is_torn(path: str | os.PathLike[str]) -> bool:
 
 def _reason(error: Exception) -> str:
     asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f"reading it would run code: it asks for {asked_for[1]}" if asked_for else "it is damaged"
+    return f"reading it would run code: it asks for {asked_for[1]}" if asked_for else f"it is damaged ({error})"

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import BertConfig
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+from yaml import YAMLError
 
-from bert.checkpoint import load_original
-from bert.composer_models import HuggingFaceBert, MaskedLanguageModel, build_masked_lm
+from bert.checkpoint import load_any, load_original, read_config
+from bert.composer_models import HuggingFaceBert, MaskedLanguageModel, build_masked_lm, count_parameters
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import CheckpointError, DataError
+from bert.exact_loading import blueprint, check_counts, checked_weights, load_exactly
 from bert.modeling import M2BertForMaskedLM
 from bert.safe_loading import load_checkpoint_file
 
@@ -47,8 +50,8 @@ class TrainedModel:
             DataError: it is not there, or is another one (its fingerprint differs).
         """
         tokenizer = load_tokenizer(name_or_path or self.tokenizer_folder())
-        found, expected = fingerprint(tokenizer), self.record["tokenizer_fingerprint"]
-        if found != expected:
+        found, expected = fingerprint(tokenizer), self.record.get("tokenizer_fingerprint")
+        if expected is not None and found != expected:
             raise DataError(f"this is not the model's tokenizer: its fingerprint is {found}, the model's {expected}")
         return tokenizer
 
@@ -57,22 +60,29 @@ class TrainedModel:
         beside = self.file.resolve().parent / "tokenizer"
         if beside.is_dir():
             return str(beside)
-        recipe = OmegaConf.create(self.record["recipe"])
-        dataset = recipe.train_loader.dataset
-        for stream in (dataset, *(dataset.get("streams") or {}).values()):
-            folder = Path(str(stream.get("local") or dataset.get("local")), str(stream.get("split") or ""), "tokenizer")
-            if folder.is_dir():
-                return str(folder)
+        for folder in self._data_folders():
+            if (folder / "tokenizer").is_dir():
+                return str(folder / "tokenizer")
         raise DataError(
-            f"the model's tokenizer ({self.record['tokenizer_name']}) is not where the training data was: name it, or "
-            f"its folder, with --tokenizer"
+            f"the model's tokenizer ({self.record.get('tokenizer_name')}) is not where the training data was: name it, "
+            f"or its folder, with --tokenizer"
         )
+
+    def _data_folders(self) -> list[Path]:
+        """The folders of the training splits, as the recipe names them; none where it names none."""
+        try:
+            dataset = OmegaConf.create(self.record["recipe"]).train_loader.dataset
+            streams = (dataset, *(dataset.get("streams") or {}).values())
+            return [Path(str(s.get("local") or dataset.get("local")), str(s.get("split") or "")) for s in streams]
+        except (KeyError, TypeError, AttributeError, ValueError, OmegaConfBaseException, YAMLError):
+            return []
 
 
 def has_record(content: Any) -> bool:
     """Say whether the content of a checkpoint file was saved by a recipe of this project."""
     state = content.get("state") if isinstance(content, Mapping) else None
-    return isinstance(state, Mapping) and RECORD_NAME in (state.get("callbacks") or {})
+    callbacks = state.get("callbacks") if isinstance(state, Mapping) else None
+    return isinstance(callbacks, Mapping) and RECORD_NAME in callbacks
 
 
 def load_trained(path: str | os.PathLike[str]) -> TrainedModel:
@@ -89,38 +99,22 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedModel:
     try:
         state: Mapping[str, Any] = content["state"]
         record = json.loads(state["callbacks"][RECORD_NAME]["record"])
-        weights = state["model"]
+        name, config = record["model"]["name"], dict(record["model"]["config"])
+        weights = checked_weights(state["model"], str(file))
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         raise CheckpointError(f"{file} carries no record of a recipe: it was not saved by this project") from None
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    model = _build_for(record["model"]["name"], record["model"]["config"], weights, file)
-    try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{file} does not fit the model it names: {error}") from error
-    return TrainedModel(model.eval(), record, file)
-
-
-def _build_for(name: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], file: Path) -> Any:
-    """Build the model of a checkpoint's record, once it is known to be no larger than the weights beside it.
-
-    The record is as little to be trusted as the rest of the file, and could ask for any amount of memory.
-    """
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(weights):
-        raise CheckpointError(f"{file} does not fit the model it names: {layers} layers, and {len(weights)} tensors")
-    with torch.device("meta"):
-        shapes = build_masked_lm(name, config, train_mask_rate=1.0, eval_mask_rate=1.0).state_dict()
-    different = [key for key, value in shapes.items() if key in weights and weights[key].shape != value.shape]
-    different += sorted(shapes.keys() ^ weights.keys())
-    if different:
-        raise CheckpointError(f"{file} does not fit the model it names: {', '.join(different[:5])} differ")
-    return build_masked_lm(name, config, train_mask_rate=1.0, eval_mask_rate=1.0)
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    check_counts(config, weights, str(file))
+    model = load_exactly(
+        lambda: build_masked_lm(name, config, train_mask_rate=1.0, eval_mask_rate=1.0), weights, str(file)
+    )
+    return TrainedModel(model, record, file)
 
 
 # Files of a Hugging Face folder that hold weights, in the order they are looked for.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_ORIGINAL_MARK = "bert.encoder.layer."  # the original's layers; ours are bert.encoder.layers.
 
 
 @dataclass
@@ -157,7 +151,7 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
         raise CheckpointError(f"{place} holds no model: neither {LATEST_NAME} (a run) nor config.json (Hugging Face)")
     if file.suffix == ".safetensors" or not has_record(load_checkpoint_file(file)):
         beside = file.with_name("config.json")
-        original = load_original(file, _read_config(beside) if beside.is_file() else {}, "mlm")
+        original = load_original(file, read_config(beside) if beside.is_file() else {}, "mlm")
         assert isinstance(original, M2BertForMaskedLM)
         return OpenedModel(original, _tokenizer_of(tokenizer, file.parent), {}, file)
     trained = load_trained(file)
@@ -165,24 +159,29 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
 
 
 def _from_folder(folder: Path, file: Path) -> M2BertForMaskedLM | HuggingFaceBert:
-    config = _read_config(folder / "config.json")
-    state = load_checkpoint_file(file)
+    config = read_config(folder / "config.json")
     model_type = config.get("model_type")
     is_monarch = "monarch_mixer_sequence_mixing" in config or "long_conv_l_max" in config
     if model_type == M2BertConfig.model_type or is_monarch:
-        names = state if isinstance(state, Mapping) else {}
-        if "state" in names or any(_ORIGINAL_MARK in name for name in names):
-            original = load_original(file, config, "mlm")
-            assert isinstance(original, M2BertForMaskedLM)
-            return original
-    elif model_type != "bert":
+        network = load_any(file, config, "mlm", str(folder))
+        assert isinstance(network, M2BertForMaskedLM)
+        return network
+    if model_type != "bert":
         raise CheckpointError(f"{folder}: models of type '{model_type}' cannot be read; m2_bert and bert can")
-    kind: Any = M2BertForMaskedLM if model_type != "bert" or is_monarch else HuggingFaceBert
+    return _hugging_face_bert(folder, file, config)
+
+
+def _hugging_face_bert(folder: Path, file: Path, config: Mapping[str, Any]) -> HuggingFaceBert:
+    weights = checked_weights(load_checkpoint_file(file), str(file))
+    check_counts(config, weights, str(folder))
+    needed = blueprint(lambda: HuggingFaceBert(BertConfig(**config)), str(folder))
+    if count_parameters(needed) > sum(value.numel() for value in weights.values()):
+        raise CheckpointError(f"{folder}: the weights do not fit the configuration, which asks for more of them")
     try:
-        network, report = kind.from_pretrained(
+        network, report = HuggingFaceBert.from_pretrained(
             str(folder), output_loading_info=True, weights_only=True, local_files_only=True
         )
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever strange values make transformers raise
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     # The pooler and the next-sentence head of a pretrained BERT are of no use here; anything else must fit.
     spare = ("bert.pooler.", "cls.seq_relationship.")
@@ -191,16 +190,6 @@ def _from_folder(folder: Path, file: Path) -> M2BertForMaskedLM | HuggingFaceBer
     if problems:
         raise CheckpointError(f"{folder}: the weights do not fit the configuration: {', '.join(problems[:5])}")
     return network.eval()
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} is not a model's configuration")
-    return values
 
 
 def _tokenizer_of(name_or_path: str | None, folder: Path) -> PreTrainedTokenizerFast:

@@ -178,8 +178,8 @@ class MaskingCollator:
     """Make a masked batch from samples of one epoch: of one fixed shape, or as wide as its longest sample.
 
     The tensors `input_ids`, `attention_mask` and `labels` are (batch, max_seq_len) int64, or narrower;
-    `sample_ids` (batch,) int64 says which samples of the dataset they are. `num_tokens` (without padding) and `num_masked` are Python
-    numbers: the trainer weights losses by them without waiting for the device.
+    `sample_ids` (batch,) int64 says which samples of the dataset they are. `num_tokens` (without padding) and
+    `num_masked` are Python numbers: the trainer weights losses by them without waiting for the device.
     """
 
     def __init__(

@@ -173,4 +173,6 @@ def _from_pretrained(name_or_path: str) -> PreTrainedTokenizerFast:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"tokenizer '{name_or_path}' has no fast version (tokenizer.json), which preparation needs")
+    # Of no use here, and the library writes each template to a file of the name that the folder gives it, "../" too.
+    tokenizer.chat_template = None
     return tokenizer

@@ -15,13 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-from bert.configuration import M2BertConfig
+from bert.checkpoint import Model
+from bert.configuration import FOREIGN_FIELDS, M2BertConfig
 from bert.data.tokenizer import ROLES
 from bert.errors import CheckpointError
 from bert.export.sources import modeling_source
-from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
-
-Model = M2BertForMaskedLM | M2BertForSequenceClassification
+from bert.modeling import M2BertForMaskedLM
 
 MODELING_FILE = "modeling_m2_bert"
 AUTO_CLASSES = {
@@ -30,8 +29,6 @@ AUTO_CLASSES = {
     "AutoModelForMaskedLM": "M2BertForMaskedLM",
     "AutoModelForSequenceClassification": "M2BertForSequenceClassification",
 }
-# What a config.json holds besides the model's own fields; not taken over from the source's.
-FOREIGN_FIELDS = ("auto_map", "architectures", "model_type", "transformers_version", "_name_or_path", "torch_dtype")
 POOLING_FOLDER = "1_Pooling"
 
 

@@ -2,8 +2,8 @@
 
 The file is made from the sources as they are installed, whenever a model is exported; nobody edits it. Starting from
 the models' classes, every definition that they reach in `bert` and `monarch_mixer` is copied as it stands, in the order
-in which one needs the other. The GPU's kernels and the CPU's products stay behind: the dispatch functions that choose them
-count as False, and what they guard is cut out.
+in which one needs the other. The GPU's kernels and the CPU's products stay behind: the dispatch functions that choose
+them count as False, and what they guard is cut out.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class _Collector:
         tree = ast.parse(text)
         for node in ast.walk(tree):
             used = node.id if isinstance(node, ast.Name) else ""
-            module = node.module if isinstance(node, ast.ImportFrom) else ""
-            if used in NEVER or (module or "").split(".")[0] in PROJECT:
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if used in NEVER or module.split(".")[0] in PROJECT:
                 raise SourceError(f"the exported file still needs {used or module}")
         return text
 

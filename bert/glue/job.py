@@ -323,7 +323,8 @@ def train(spec: JobSpec) -> dict[str, Any]:
         _check_finite(metrics, trainer)
         if MODEL in spec.outputs:
             temporary = spec.folder / f".{FILES[MODEL]}.tmp"
-            save_finetuned(temporary, model, spec.start, {"key": spec.key, "task": spec.task_name, "metrics": metrics})
+            about = {"key": spec.key, "task": spec.task_name, "labels": task.labels, "metrics": metrics}
+            save_finetuned(temporary, model, spec.start, about)
             os.replace(temporary, spec.folder / FILES[MODEL])
         steps = trainer.state.timestamp.batch.value
     finally:

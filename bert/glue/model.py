@@ -35,7 +35,7 @@ from bert.glue.metrics import DatasetMetric
 from bert.modeling import M2BertForSequenceClassification
 from bert.recipe import builders
 from bert.recipe.callbacks import differences
-from bert.safe_loading import load_checkpoint_file
+from bert.safe_loading import check_folder, load_checkpoint_file
 from bert.trained import LATEST_NAME, TrainedModel, has_record, load_trained
 
 log = logging.getLogger(__name__)
@@ -258,6 +258,7 @@ class Start:
         assert self.checkpoint is not None
         shared = {"trust_remote_code": self.trust_remote_code}
         try:
+            check_folder(self.checkpoint)
             config = AutoConfig.from_pretrained(self.checkpoint, **shared)
             self._apply(config)
             config.num_labels = num_labels
@@ -345,6 +346,7 @@ def save_finetuned(path: Path, model: SequenceClassifier, start: Start, metadata
         fields = {name: getattr(config, name) for name in M2BertConfig.field_names()}
         name = "m2_bert" if config.monarch_mixer_sequence_mixing else "attention_bert"
         section = {"name": name, "config": {key: value for key, value in fields.items() if key != "pool_all"}}
+        section["pooling"] = "mean" if config.pool_all else "first"
     elif isinstance(config, BertConfig):
         section = {"name": "hf_bert", "config": {name: getattr(config, name) for name in bert_fields()}}
     content = {"kind": FINETUNED, "model": section, "weights": model.model.state_dict()}

@@ -7,10 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bert import convert
-from bert.checkpoint import load_original, read_state_dict
+from bert.checkpoint import load_original, read_state_dict, to_original
+from bert.configuration import M2BertConfig
 from bert.data.tokenizer import train_wordpiece
 from bert.export import onnx
+from bert.export.folder import load_exported
 from bert.export.sources import modeling_source
+from bert.glue.model import Start, build_classifier, save_finetuned
+from bert.modeling import M2BertForMaskedLM
 
 CASES = {"tiny_a": "mlm", "tiny_b": "classification"}
 TEXTS = ["the cat sat on the mat", "a dog ran to the cat", "the mat is on the floor"] * 20
@@ -40,9 +44,9 @@ def test_goldens_come_back_bit_for_bit(original, capsys):
     for name, value in before.items():
         assert torch.equal(after[name], value) and after[name].dtype == value.dtype, name
     first = load_original(folder / "golden.pt", json.loads((folder / "config.json").read_text()), task)
-    second = load_original(folder / "back.pt", json.loads((folder / "back.config.json").read_text()), task)
+    second = load_original(folder / "back.pt", {}, task)
     assert torch.equal(first(*inputs).logits, second(*inputs).logits)
-    # And once more from the .pt that a conversion wrote, whose configuration lies beside it.
+    # And once more from the .pt that a conversion wrote, which holds its configuration.
     assert run(folder / "back.pt", folder / "again") == 0
     assert (folder / "again" / "config.json").read_text() == (folder / "hf" / "config.json").read_text()
 
@@ -78,6 +82,156 @@ def test_every_name_of_an_exported_folder_counts(original, capsys):
         assert not (folder / "back.pt").exists()
 
 
+MODEL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "hyena_filter_order": 4}
+MODEL |= {"max_position_embeddings": 16, "long_conv_l_max": 16, "initializer_range": 0.2}
+
+
+@pytest.fixture
+def finetuned(tmp_path):
+    """Return a function that writes a fine-tuning job's file and gives it back: its path and its model."""
+
+    def write(pooling="mean", change=lambda content: None):
+        model = build_classifier("m2_bert", MODEL, num_labels=3, pooling=pooling).eval()
+        about = {"task": "mnli", "labels": ["yes", "maybe", "no"], "metrics": {"accuracy": 0.5}}
+        save_finetuned(tmp_path / "model.pt", model, Start("m2_bert", MODEL), about)
+        content = torch.load(tmp_path / "model.pt", weights_only=True)
+        change(content)
+        torch.save(content, tmp_path / "model.pt")
+        return tmp_path / "model.pt", model.model
+
+    return write
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_a_fine_tuned_file_keeps_its_pooling_and_its_labels(finetuned, tmp_path, capsys, pooling):
+    file, model = finetuned(pooling)
+    assert run(file, tmp_path / "hf", "--verify") == 0
+    exported = load_exported(tmp_path / "hf", "M2BertForSequenceClassification")
+    ids = torch.arange(12).reshape(2, 6)
+    torch.testing.assert_close(exported(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+    assert exported.config.pool_all is (pooling == "mean") and exported.config.id2label[1] == "maybe"
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "a fine-tuning job on mnli" in card and "accuracy: 0.5" in card
+
+
+def test_a_fine_tuned_file_of_before_pooling_was_recorded_is_read_with_a_note(finetuned, tmp_path, capsys):
+    file, _ = finetuned("first", lambda content: content["model"].pop("pooling"))
+    assert run(file, tmp_path / "hf") == 0
+    assert "set pool_all" in capsys.readouterr().err
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["pool_all"] is False
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["weights"], None),
+        (["weights"], [torch.zeros(2)]),
+        (["weights", "classifier.weight"], None),
+        (["weights", "classifier.weight"], torch.tensor(1.0)),
+        (["weights", "classifier.weight"], torch.zeros(3, 9)),
+        (["weights", "classifier.bias"], torch.zeros(3, dtype=torch.int64)),
+        (["weights", "classifier.bias"], torch.zeros(3).to_sparse()),
+        (["weights", "classifier.bias"], torch.zeros(1).expand(1 << 40)),
+        (["model"], None),
+        (["model", "name"], "bert"),
+        (["model", "name"], ["m2_bert"]),
+        (["model", "config"], None),
+        (["model", "config"], ["a"]),
+        (["model", "config", "num_hidden_layers"], 1 << 60),
+        (["model", "config", "hidden_size"], 1 << 40),
+        (["model", "config", "vocab_size"], "40"),
+        (["model", "config", "layer_norm_eps"], "x"),
+        (["model", "config", "problem_type"], 3),
+        (["metadata"], None),
+        (["metadata"], "[" * 100_000),
+        (["metadata"], "3"),
+    ],
+    ids=str,
+)
+def test_a_fine_tuned_file_with_odd_parts_is_one_message(finetuned, tmp_path, capsys, keys, value):
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        if value is None:
+            del content[keys[-1]]
+        else:
+            content[keys[-1]] = value
+
+    file, _ = finetuned("mean", change)
+    assert run(file, tmp_path / "hf", "--verify") == 2
+    assert str(file) in capsys.readouterr().err and not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.zeros(2)],
+        {1: torch.zeros(2)},
+        {"bert.encoder.layers.0.x": {"weight": torch.zeros(2)}},
+        {"x": torch.zeros(2, device="meta")},
+        {},
+        torch.zeros(2),
+        "text",
+        {"state": []},
+        {"state": {"model": {}, "callbacks": {"RecipeRecord": {"record": "3"}}}},
+        {
+            "state": {
+                "model": {"x": torch.zeros(1)},
+                "callbacks": {"RecipeRecord": {"record": '{"model": {"name": 1}}'}},
+            }
+        },
+        {"state": {"model": {"x": torch.zeros(1)}, "callbacks": {"RecipeRecord": {}}}},
+        {"state": {"callbacks": 3}},
+        {"kind": "monarch-mixer-bert fine-tuned"},
+    ],
+    ids=str,
+)
+def test_odd_files_are_one_message(tmp_path, capsys, content):
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "config.json").write_text(json.dumps(MODEL))
+    for file, source in ((tmp_path / "odd.pt", tmp_path / "odd.pt"), (hub / "pytorch_model.bin", hub)):
+        torch.save(content, file)
+        assert run(source, tmp_path / "out") == 2
+        assert str(source) in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        "[" * 100_000,
+        *(
+            json.dumps({**MODEL, name: value})
+            for name, value in {
+                "num_labels": 1 << 60,
+                "num_hidden_layers": 1 << 60,
+                "hidden_size": 1 << 60,
+                "vocab_size": 1.5,
+                "layer_norm_eps": float("nan"),
+                "to_dict": 1,
+                "max_sequence_length": 4,
+                "id2label": 3,
+                "hidden_dropout_prob": None,
+                "_attn_implementation": "none",
+            }.items()
+        ),
+    ],
+    ids=lambda text: text[-40:],
+)
+def test_an_odd_config_json_is_one_message(tmp_path, capsys, text):
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    model = M2BertForMaskedLM(M2BertConfig(**MODEL))
+    (hub / "config.json").write_text(text)
+    for state in (to_original(model), {name: value.clone() for name, value in model.state_dict().items()}):
+        torch.save(state, hub / "pytorch_model.bin")
+        assert run(hub, tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and str(hub) in error and not (tmp_path / "out").exists()
+
+
 class Harmful:
     def __init__(self, path):
         self.path = path
@@ -111,12 +265,55 @@ def test_a_destination_is_not_overwritten_unasked(original, capsys):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_an_overwritten_folder_is_whole_at_every_moment(original, monkeypatch, stop_at):
+    """Fail at each of the renamings: the old folder has its name again, whole."""
+    folder, _, _ = original
+    arguments = (folder / "golden.pt", folder / "hf", "--config", folder / "config.json", "--overwrite")
+    assert run(*arguments) == 0
+    (folder / "hf" / "README.md").write_text("old")
+    rename, calls = os.rename, []
+
+    def stop(old, new):
+        calls.append(new)
+        if len(calls) == stop_at:
+            raise OSError("no")
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", stop)
+        assert run(*arguments) == 2
+    assert (folder / "hf" / "README.md").read_text() == "old" and (folder / "hf" / "config.json").is_file()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_kind_of_destination_is_not_replaced_by_another(original, capsys):
+    folder, _, _ = original
+    (folder / "model.pt").mkdir()
+    assert run(folder / "golden.pt", folder / "model.pt", "--config", folder / "config.json", "--overwrite") == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", range(3))
+def test_a_nan_in_any_batch_fails(original, capsys, monkeypatch, batch):
+    folder, _, _ = original
+    logits, calls = convert._logits, []
+
+    def wrong(*arguments):
+        calls.append(None)
+        return logits(*arguments) * (float("nan") if len(calls) == 4 + batch else 1)
+
+    monkeypatch.setattr(convert, "_logits", wrong)
+    assert run(folder / "golden.pt", folder / "hf", "--config", folder / "config.json", "--verify") == 2
+    assert "differs by nan" in capsys.readouterr().err and not (folder / "hf").exists()
+
+
 def test_a_result_that_differs_is_not_kept(original, capsys, monkeypatch):
     folder, _, _ = original
     write = convert.write_folder
 
     def wrong(path, model, tokenizer, **known):
-        model.bert.embeddings.norm.bias.data += 0.1
+        model.bert.embeddings.norm.bias.data[0] += 1
         write(path, model, tokenizer, **known)
 
     monkeypatch.setattr(convert, "write_folder", wrong)

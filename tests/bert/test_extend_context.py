@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 
-from bert import extend_context
+from bert import extend_context, load
 from bert.checkpoint import load_original, to_original
 from bert.configuration import M2BertConfig
 from bert.errors import CheckpointError, RecipeError
 from bert.extend_context import extend, extend_state_dict
-from bert.fill_mask import fill_masks
 from bert.modeling import M2BertForMaskedLM
 from bert.trained import LATEST_NAME, load_trained
 from monarch_mixer.filters import EXTENSION_MODES
@@ -130,7 +129,7 @@ def test_a_run_is_a_run_again(checkpoint, capsys):  # noqa: F811
     trained = load_trained(out)
     assert trained.model.model.config.max_sequence_length == 30
     assert trained.record["extended"] == {"from": folder.name, "length": 30, "mode": "keep-taps"}
-    assert len(fill_masks(trained.model, trained.tokenizer(), "the cat [MASK] " * 6)) == 6
+    assert len(load(out, device="cpu").fill_mask(["the cat [MASK] " * 6])[0]) == 6
     assert extend_context.main([str(folder), "40", "--out", str(out)]) == 2
     assert "not empty" in capsys.readouterr().err
     assert extend_context.main([str(folder), "12", "--out", str(folder / "same")]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import resource
 import struct
 import tarfile
@@ -17,7 +18,7 @@ from streaming import MDSWriter
 from bert.data.checked_stream import zstd_content_size
 from bert.data.loader_config import DatasetConfig, LoaderConfig
 from bert.data.streaming_text import build_data_spec
-from bert.data.tokenizer import load_tokenizer
+from bert.data.tokenizer import load_tokenizer, train_wordpiece
 from bert.errors import CheckpointError, DataError, RecipeError
 from bert.recipe.schema import load_config
 from bert.recipe.train import main
@@ -49,14 +50,48 @@ def build(folder: Path) -> object:
     return build_data_spec(config, device_batch_size=8, max_seq_len=SEQ_LEN, seed=0, train=True)
 
 
-@pytest.mark.parametrize("where", ["plain", "in a zip", "in a tensor's place"])
+@pytest.mark.parametrize("where", ["plain", "old", "in a zip", "in a tensor's place"])
 def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path: Path, where: str) -> None:
     path, trace = tmp_path / "hostile.pt", tmp_path / "trace"
     content = {"state": {"model": {"weight": Bomb(trace)}}} if "tensor" in where else Bomb(trace)
-    torch.save(content, path, _use_new_zipfile_serialization=where != "plain")
-    with pytest.raises(CheckpointError, match=r"hostile\.pt is refused: reading it would run code"):
+    if where == "plain":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=where != "old")
+    reason = "it has the format of torch before 1.6" if where == "old" else "reading it would run code"
+    with pytest.raises(CheckpointError, match=rf"hostile\.pt is refused: {reason}"):
         load_checkpoint_file(path)
     assert not trace.exists()
+
+
+ITEM_IN_A_TENSOR = b"K\x00G" + struct.pack(">d", 1.0) + b"s."  # tensor[0] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda pickled: pickled[:-1] + ITEM_IN_A_TENSOR, "items are set in what is no dictionary"),
+        (lambda pickled: pickled[:-1] + b"(" + ITEM_IN_A_TENSOR[:-2] + b"u.", "items are set in what is no dictionary"),
+        (lambda pickled: pickled.replace(b"K\x04", b"K\x7f"), "storage 0 is smaller than the pickle says"),
+        (lambda pickled: pickled.replace(b"FloatStorage", b"DoubleStorage"), "storage 0 is smaller"),
+        (lambda pickled: pickled.replace(b"storage", b"starage"), "refers to what is no storage"),
+    ],
+    ids=["item", "items", "size", "dtype", "reference"],
+)
+def test_what_torch_would_believe_of_a_pickle_is_looked_at(
+    tmp_path: Path, change: Callable[[bytes], bytes], reason: str
+) -> None:
+    """CVE-2026-24747: before 2.10, torch's own safe loading corrupts memory on these."""
+    torch.save(torch.zeros(4), tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "bad.pt", "w") as bad:
+        for name in good.namelist():
+            content = good.read(name)
+            changed = change(content) if name.endswith("data.pkl") else content
+            assert changed != content or not name.endswith("data.pkl")
+            bad.writestr(name, changed)
+    assert torch.equal(load_checkpoint_file(tmp_path / "good.pt"), torch.zeros(4))
+    with pytest.raises(CheckpointError, match=reason):
+        load_checkpoint_file(tmp_path / "bad.pt")
 
 
 def test_a_checkpoint_that_unpacks_to_more_than_itself_is_refused(tmp_path: Path) -> None:
@@ -119,6 +154,16 @@ def test_code_in_a_tokenizer_folder_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be loaded"):
         load_tokenizer(str(tmp_path))
     assert not trace.exists()
+
+
+def test_templates_of_a_tokenizer_are_not_written_anywhere(tmp_path: Path) -> None:
+    """CVE-2026-9856: their names are paths, and saving a copy of the tokenizer follows them."""
+    train_wordpiece(["a b c"] * 9, 40).save_pretrained(tmp_path / "hostile")
+    path = tmp_path / "hostile" / "tokenizer_config.json"
+    templates = [{"name": "default", "template": "x"}, {"name": "../../escaped", "template": "x"}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": templates}))
+    load_tokenizer(str(tmp_path / "hostile")).save_pretrained(tmp_path / "copies" / "tokenizer")
+    assert not list(tmp_path.rglob("escaped*")) and not list(tmp_path.rglob("*.jinja"))
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch {}']", "!!python/name:os.system", "!evil x"])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from streaming import StreamingDataset
 
 from bert.checkpoint import load_original, to_original
 from bert.configuration import M2BertConfig
+from bert.convert import read_source
 from bert.data.masking import IGNORED_LABEL
 from bert.data.metadata import DatasetMetadata
 from bert.data.packing import ConcatPacker, PackingSpec, TokenChunk, TruncatePacker
@@ -269,8 +271,15 @@ def original_files(state: dict[str, torch.Tensor]) -> M2BertForMaskedLM:
     return load_original(state, {**FIELDS, **LENGTHS}, "mlm")  # type: ignore[return-value]
 
 
-# What reads another program's state dict; converters join here.
-READERS: list[Callable[[dict[str, torch.Tensor]], torch.nn.Module]] = [original_files]
+def published_folders(state: dict[str, torch.Tensor]) -> M2BertForMaskedLM:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name, "config.json").write_text(json.dumps({**FIELDS, **LENGTHS}))
+        torch.save(state, Path(name, "pytorch_model.bin"))
+        return read_source(Path(name), task="mlm").model  # type: ignore[return-value]
+
+
+# What reads another program's state dict.
+READERS: list[Callable[[dict[str, torch.Tensor]], torch.nn.Module]] = [original_files, published_folders]
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
