@@ -116,13 +116,13 @@ def export_onnx(model: Model, path: Path) -> None:
     limit = model.config.max_sequence_length or 512
     if limit < 3:
         raise RecipeError(f"--to onnx: a model of {limit} tokens has no lengths to choose from")
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=limit)
+    batch, length = torch.export.Dim("batch", max=2**20), torch.export.Dim("length", max=limit)
     ids = torch.zeros(2, 3, dtype=torch.long)
     shapes = {0: batch, 1: length}
     with torch.no_grad():
         torch.onnx.export(
             _Graph(exportable(model.float())),
-            (ids, torch.ones_like(ids), ids),
+            (ids, torch.ones_like(ids), torch.zeros_like(ids)),
             str(path),
             input_names=["input_ids", "attention_mask", "token_type_ids"],
             output_names=["logits"],
