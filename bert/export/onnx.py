@@ -27,33 +27,35 @@ def check_installed() -> None:
 
 
 class ToeplitzConvolution(nn.Module):
-    """A long convolution as products with Toeplitz matrices of constant taps; O(length^2), and every op exports.
+    """A long convolution with constant taps, as the product with their Toeplitz matrix.
 
-    The filter of each length is the first taps of the longest one's, so that one table serves all lengths.
+    The filter of each length is the first taps of the longest one's, so that one table serves all lengths. Each output
+    reads the whole table: `length * (2 * max_length - 1)` products a channel, where an FFT takes length * log(length).
     """
 
-    taps: Tensor
+    weight: Tensor
 
     def __init__(self, implicit_filter: ImplicitFilter) -> None:
         super().__init__()
-        length = implicit_filter.max_length
         with torch.no_grad():
-            forward, backward = implicit_filter(length, False)
+            forward, backward = implicit_filter(implicit_filter.max_length, False)
             past = torch.zeros_like(forward) if backward is None else backward
-            # Lag -(length - 1) first, as a correlation reads them; lag 0 has the skip weight too.
-            lags = torch.cat([forward[1:].flip(0), forward[:1] + implicit_filter.skip, past[: length - 1]])
-        self.register_buffer("taps", lags.t()[:, None].contiguous())  # (channels, 1, 2 * length - 1)
-        self.longest = length
+            # Lag max_length - 1 first, as a correlation reads them; lag 0 has the skip weight too.
+            lags = torch.cat([forward[1:].flip(0), forward[:1] + implicit_filter.skip, past[:-1]])
+        self.register_buffer("weight", lags.t()[:, None, None].contiguous())  # (channels, 1, 1, 2 * max_length - 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Filter x (batch, length, channels)."""
-        # The input is padded to the longest, so that the table is used whole: a slice by length would be no constant.
-        padded = F.pad(x.transpose(1, 2), (self.longest - 1, self.longest - 1))
-        return F.conv1d(padded, self.taps, groups=x.shape[2]).transpose(1, 2)
+    def forward(self, image: Tensor) -> Tensor:
+        """Filter (batch, channels, 1, length), whose length may be any up to max_length."""
+        margin = self.weight.shape[-1] // 2
+        return F.conv2d(image, self.weight, padding=(0, margin), groups=image.shape[1])
 
 
 class ToeplitzMixer(nn.Module):
-    """`MonarchSequenceMixer` with constant filters, in ops that export."""
+    """`MonarchSequenceMixer` with constant filters, in ops that export.
+
+    Between the projections it works on images of height 1, whose depthwise convolutions onnxruntime does directly: as
+    one-dimensional ones they are copied for a matrix product first, three times as slow.
+    """
 
     def __init__(self, mixer: MonarchSequenceMixer) -> None:
         super().__init__()
@@ -69,18 +71,25 @@ class ToeplitzMixer(nn.Module):
         """Mix x (batch, length, channels); `lengths` (batch,) are the real positions where padding is left out."""
         if self.norm is not None:
             x = self.norm(x)
-        projected = self.input_projection(x).transpose(1, 2)
+        image = _image(x)
+        projected = _image(self.input_projection(x))
         taps = self.short_weight.shape[-1]
-        short = F.conv1d(F.pad(projected, (taps - 1, 0)), self.short_weight, self.short_bias, groups=projected.shape[1])
-        gate_before, gate_after, value = short.transpose(1, 2).chunk(3, dim=-1)
+        short = F.conv2d(
+            F.pad(projected, (taps - 1, 0)), self.short_weight[:, :, None], self.short_bias, groups=projected.shape[1]
+        )
+        gate_before, gate_after, value = short.chunk(3, dim=1)
         gated = value * gate_before
         if lengths is not None:
-            padding = torch.arange(x.shape[1])[:, None] >= lengths[:, None, None]
-            gated, x = gated.masked_fill(padding, 0), x.masked_fill(padding, 0)
+            padding = torch.arange(x.shape[1]) >= lengths[:, None, None, None]
+            gated, image = gated.masked_fill(padding, 0), image.masked_fill(padding, 0)
         y = self.convolution(gated) * gate_after
         if self.residual_convolution is not None:
-            y = y + self.residual_convolution(x)
-        return self.output_projection(y)
+            y = y + self.residual_convolution(image)
+        return self.output_projection(y.squeeze(2).transpose(1, 2))
+
+
+def _image(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).unsqueeze(2)
 
 
 class _Graph(nn.Module):
