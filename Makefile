@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tables test test-gpu test-faults audit lint format clean
+.PHONY: help install demo tables test test-gpu test-faults test-export audit lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -39,6 +39,21 @@ test-gpu: install  ## the tests that need a CUDA device
 
 test-faults: install  ## fault injection, all of it (docs/reliability.md); some minutes to half an hour
 	$(BIN)/python -m pytest tests/faults -m "not gpu" --durations=0
+
+# Environments without this project, kept outside of the clone by the hash of what is to be in them.
+EXPORT_ENVS ?= $(HOME)/.cache/monarch-mixer-export
+export_env   = $(EXPORT_ENVS)/v$(1)-$(firstword $(shell sha256sum tests/export/transformers-$(1).txt | cut -c1-12))
+EXPORT_4    := $(call export_env,4)
+EXPORT_5    := $(call export_env,5)
+$(EXPORT_4)/.installed: REQUIREMENTS := tests/export/transformers-4.txt
+$(EXPORT_5)/.installed: REQUIREMENTS := tests/export/transformers-5.txt
+$(EXPORT_4)/.installed $(EXPORT_5)/.installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	touch $@
+
+test-export: install $(EXPORT_4)/.installed $(EXPORT_5)/.installed  ## exported folders with transformers 4 and 5 alone
+	EXPORT_4=$(EXPORT_4) EXPORT_5=$(EXPORT_5) $(BIN)/python -m pytest tests/export -m export
 
 audit: install  ## known vulnerabilities of the requirements (needs pypi.org); fails where a package cannot be looked up
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit

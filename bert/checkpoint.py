@@ -198,6 +198,13 @@ def config_of(values: Mapping[str, Any], weights: Mapping[str, Tensor], source: 
         raise CheckpointError(f"{source}: the configuration does not describe a model: {error}") from error
 
 
+def fields_of(config: M2BertConfig) -> dict[str, Any]:
+    """Return every field of the model's own, and those of the others that are not as Hugging Face has them anyway."""
+    own = {name: getattr(config, name) for name in config.field_names()}
+    others = config.to_diff_dict()
+    return {**own, **{name: value for name, value in others.items() if name not in FOREIGN_FIELDS}}
+
+
 def read_config(file: Path) -> dict[str, Any]:
     """Read a config.json.
 
@@ -240,7 +247,7 @@ def save_original(model: Model, path: Path) -> None:
 
     One file, so that weights and configuration cannot part.
     """
-    fields = {key: value for key, value in model.config.to_dict().items() if key not in FOREIGN_FIELDS}
+    fields = fields_of(model.config)
     state = {f"model.{name}": value for name, value in to_original(model).items()}
     record = {"huggingface": {"model": {"config": {"file_extension": ".json", "content": fields}}}}
     torch.save({"state": {"model": state, "integrations": record}}, path)

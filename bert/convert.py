@@ -19,13 +19,13 @@ from torch import Tensor
 
 from bert.checkpoint import Model, load_any, load_original, read_config, save_original
 from bert.data.tokenizer import load_tokenizer
-from bert.errors import CheckpointError, RecipeError, storage_failure
+from bert.errors import CheckpointError, DataError, RecipeError, storage_failure
 from bert.exact_loading import checked_weights
 from bert.export import onnx
 from bert.export.folder import difference, load_exported, write_folder
 from bert.modeling import M2BertForMaskedLM
 from bert.safe_loading import load_checkpoint_file
-from bert.trained import LATEST_NAME, WEIGHT_FILES, has_record, load_trained
+from bert.trained import LATEST_NAME, WEIGHT_FILES, folder_pooling, has_record, load_trained
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Source:
 
     model: Model
     tokenizer_name: str | None = None  # a folder; None: the source has none
+    pooling: str = "mean"  # of its vectors, or "first"
     origin: dict[str, Any] = field(default_factory=dict)  # for the model card
     notes: list[str] = field(default_factory=list)  # names that were left out, one a line
 
@@ -90,11 +91,21 @@ def _read_run(path: Path, tokenizer: str | None) -> Source:
     model = trained.model.model
     if not isinstance(model, M2BertForMaskedLM):
         raise RecipeError(f"{path} holds {trained.record['model']['name']}, which is Hugging Face's own and no M2-BERT")
-    trained.tokenizer(tokenizer)  # an error where it is another one
     record = trained.record
-    origin = {"source": "a run of monarch-mixer-bert", "recipe": record["recipe"], "versions": record.get("versions")}
-    origin["metrics"] = _last_evaluation((path if path.is_dir() else path.parent) / "metrics.jsonl")
-    return Source(model, tokenizer or trained.tokenizer_folder(), origin)
+    found = Source(model, pooling="first" if record.get("pooling") == "first" else "mean")
+    try:
+        found.tokenizer_name = tokenizer or trained.tokenizer_folder()
+    except DataError as error:
+        found.notes.append(str(error))
+    else:
+        trained.tokenizer(found.tokenizer_name)  # an error where it is another one
+    found.origin = {
+        "source": "a run of monarch-mixer-bert",
+        "recipe": record.get("recipe"),
+        "versions": record.get("versions"),
+        "metrics": _last_evaluation((path if path.is_dir() else path.parent) / "metrics.jsonl"),
+    }
+    return found
 
 
 def _last_evaluation(path: Path) -> dict[str, Any]:
@@ -138,7 +149,7 @@ def _read_folder(path: Path, task: str | None) -> Source:
     if not files:
         raise CheckpointError(f"{path} has no weights: one file, {' or '.join(WEIGHT_FILES)}")
     model = load_any(files[0], read_config(path / "config.json"), task, str(path))
-    found = Source(model, origin={"source": "a Hugging Face folder"})
+    found = Source(model, pooling=folder_pooling(path), origin={"source": "a Hugging Face folder"})
     if any((path / name).is_file() for name in TOKENIZER_FILES):
         found.tokenizer_name = str(path)
     return found
@@ -208,7 +219,7 @@ def _write(source: Source, path: Path, to: str) -> None:
     if to == "huggingface":
         path.mkdir()
         tokenizer = None if source.tokenizer_name is None else load_tokenizer(source.tokenizer_name)
-        write_folder(path, source.model, tokenizer, origin=source.origin)
+        write_folder(path, source.model, tokenizer, pooling=source.pooling, origin=source.origin)
     elif to == "original":
         save_original(source.model, path)
     else:

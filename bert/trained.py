@@ -123,7 +123,7 @@ class OpenedModel:
 
     network: M2BertForMaskedLM | HuggingFaceBert
     tokenizer: PreTrainedTokenizerFast
-    record: dict[str, Any]  # of a recipe of this project; empty for other models
+    record: dict[str, Any]  # of a recipe of this project; of other models what is known of it
     file: Path  # of the weights
 
 
@@ -145,7 +145,8 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
         file = next((place / name for name in WEIGHT_FILES if (place / name).is_file()), None)
         if file is None:
             raise CheckpointError(f"{place} has a config.json, but none of {', '.join(WEIGHT_FILES)}")
-        return OpenedModel(_from_folder(place, file), _tokenizer_of(tokenizer, place), {}, file)
+        about = {"pooling": folder_pooling(place)}
+        return OpenedModel(_from_folder(place, file), _tokenizer_of(tokenizer, place), about, file)
     file = place / LATEST_NAME if place.is_dir() else place
     if place.is_dir() and not file.exists():
         raise CheckpointError(f"{place} holds no model: neither {LATEST_NAME} (a run) nor config.json (Hugging Face)")
@@ -156,6 +157,13 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
         return OpenedModel(original, _tokenizer_of(tokenizer, file.parent), {}, file)
     trained = load_trained(file)
     return OpenedModel(trained.model.model.eval(), trained.tokenizer(tokenizer), trained.record, file)
+
+
+def folder_pooling(folder: Path) -> str:
+    """Return how a folder says that its vectors are pooled: by the "first" token, or "mean", also where it is silent."""
+    path = folder / "1_Pooling" / "config.json"
+    settings = read_config(path) if path.is_file() else {}
+    return "first" if settings.get("pooling_mode_cls_token") or settings.get("pooling_mode") == "cls" else "mean"
 
 
 def _from_folder(folder: Path, file: Path) -> M2BertForMaskedLM | HuggingFaceBert:
