@@ -139,7 +139,7 @@ def _read_finetuned(file: Path, content: Mapping[str, Any]) -> Source:
         fields |= {"id2label": dict(enumerate(labels)), "label2id": {str(name): i for i, name in enumerate(labels)}}
     model = load_any(weights, fields, "classification", str(file))
     origin = {"source": f"a fine-tuning job on {metadata.get('task')}", "metrics": metadata.get("metrics")}
-    return Source(model, None, origin, notes)
+    return Source(model, origin=origin, notes=notes)
 
 
 def _read_folder(path: Path, task: str | None) -> Source:

@@ -69,7 +69,9 @@ class MonarchConvolution(nn.Module):
         # Every lag counts from -(length - 1), so the result is that much later; what wraps round falls before it.
         a, b = self._transform(x, blocks, q), self._transform(taps[None], blocks, q)
         real, imaginary = b.select(2, 0), b.select(2, 1)
-        y = torch.stack([a.select(2, 0) * real - a.select(2, 1) * imaginary, a.select(2, 0) * imaginary + a.select(2, 1) * real], 2)
+        y = torch.stack(
+            [a.select(2, 0) * real - a.select(2, 1) * imaginary, a.select(2, 0) * imaginary + a.select(2, 1) * real], 2
+        )
         y = torch.matmul(blocks.mT, y.view(batch, self.rows, 2 * q, channels))
         y = torch.matmul(self.inverse, y.view(batch, 2 * self.rows, q * channels))
         return y.view(batch, self.points * q, channels).index_select(1, torch.arange(length) + (length - 1))
