@@ -40,9 +40,17 @@ def dense_ranks(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
     return (similarity >= own).sum(1) - 1
 
 
-def bm25_ranks(queries: list[str], documents: list[str]) -> np.ndarray:
-    import bm25s
+def require_bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise SystemExit(f"BM25 needs bm25s ({error}): pip install bm25s, or leave it out with --no-bm25") from None
+    return bm25s
 
+
+def bm25_ranks(queries: list[str], documents: list[str]) -> np.ndarray:
+    """The ranks by BM25, from 0; past the end where the right document is not among the first ten."""
+    bm25s = require_bm25s()
     index = bm25s.BM25()
     index.index(bm25s.tokenize(documents, stopwords="en", show_progress=False), show_progress=False)
     tokens = bm25s.tokenize(queries, stopwords="en", show_progress=False)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bert.checkpoint import Model, load_any, load_original, read_config, save_original
 from bert.data.tokenizer import load_tokenizer
-from bert.errors import CheckpointError, DataError, RecipeError
+from bert.errors import CheckpointError, DataError, RecipeError, storage_failure
 from bert.exact_loading import checked_weights
 from bert.export import onnx
 from bert.export.folder import difference, load_exported, write_folder
@@ -254,7 +255,7 @@ def _run(source: Source, path: Path, to: str, ids: Tensor, mask: Tensor) -> Tens
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, or 2 for anything that was not converted."""
+    """Run the command line and return the exit code: 0, 2 for what cannot be converted, 4 for a full disk."""
     parser = argparse.ArgumentParser(prog="python -m bert.convert", description="Convert an M2-BERT checkpoint.")
     parser.add_argument(
         "source",
@@ -280,9 +281,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if to == "huggingface" and source.tokenizer_name is None:
             sys.stderr.write("note: no tokenizer is written, for the source has none: --tokenizer names one\n")
         largest = convert(source, arguments.destination, to, verify=arguments.verify, overwrite=arguments.overwrite)
-    except (RecipeError, OSError) as error:
+    except RecipeError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except (OSError, RuntimeError, SafetensorError) as error:
+        failure = storage_failure(error)
+        if failure is None and isinstance(error, OSError):
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+        if failure is None:
+            raise
+        sys.stderr.write(f"error: {failure}; nothing was converted: make room and give the same command again\n")
+        return 4
     if largest is not None:
         sys.stdout.write(f"largest difference {largest:.1e} (tolerance {TOLERANCES[to]:.0e})\n")
     sys.stdout.write(f"{arguments.destination} ({to})\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -33,6 +35,11 @@ def storage_failure(error: Exception) -> str | None:
     """Say what is wrong with the disk where `error` comes from there; None where it is about something else."""
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+    number = re.search(r"\(os error (\d+)\)", str(error))  # of libraries written in Rust, such as safetensors
+    if number and int(number[1]) in _STORAGE:
+        return os.strerror(int(number[1]))
+    if isinstance(error, RuntimeError) and any(
+        said in str(error) for said in ("PytorchStreamWriter", "unexpected pos")
+    ):
         return f"the checkpoint could not be written ({str(error).splitlines()[0]})"
     return None

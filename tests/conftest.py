@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Folders and files (without .py) of tests that make a StreamingDataset.
-STREAMING = {"recipe", "test_streaming_text", "faults"}
+STREAMING = {"recipe", "test_streaming_text", "faults", "test_contrastive_training"}
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

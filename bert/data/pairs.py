@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -95,21 +96,22 @@ def write_pairs(
     counts = dict.fromkeys(SPLITS, 0)
     limits = limits or {}
     temporary = {name: out / f".{name}.jsonl.tmp" for name in SPLITS}
-    files = {name: open(path, "w", encoding="utf-8") for name, path in temporary.items()}  # noqa: SIM115
     try:
-        for split, question, document in article_pairs(sources, query, min_characters, validation, test):
-            if counts[split] >= limits.get(split, sys.maxsize):
-                if all(counts[name] >= limits.get(name, sys.maxsize) for name in SPLITS):
-                    break
-                continue
-            counts[split] += 1
-            record = {"query": question, "document": document[:max_characters]}
-            files[split].write(json.dumps(record, ensure_ascii=False) + "\n")
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(open(path, "w", encoding="utf-8")) for name, path in temporary.items()}
+            for split, question, document in article_pairs(sources, query, min_characters, validation, test):
+                if counts[split] >= limits.get(split, sys.maxsize):
+                    if all(counts[name] >= limits.get(name, sys.maxsize) for name in SPLITS):
+                        break
+                    continue
+                counts[split] += 1
+                record = {"query": question, "document": document[:max_characters]}
+                files[split].write(json.dumps(record, ensure_ascii=False) + "\n")
+        for name, path in temporary.items():
+            os.replace(path, out / f"{name}.jsonl")
     finally:
-        for file in files.values():
-            file.close()
-    for name, path in temporary.items():
-        os.replace(path, out / f"{name}.jsonl")
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
     return counts
 
 

@@ -199,7 +199,7 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
     stop, heartbeat = StopOnSignal(), Heartbeat(config.heartbeat_timeout)
     with safe_loading():
         trainer = Trainer(
-            model=model,
+            model=_compiled(config, model),
             train_dataloader=_data_spec(config, config.train_loader, device_batch, task, train=True),
             optimizers=optimizer,
             schedulers=builders.build_scheduler(config),
@@ -379,11 +379,21 @@ def _trainer_arguments(config: TrainConfig, device: Device, device_batch: int, s
         "load_path": config.load_path,
         "load_weights_only": config.load_weights_only,
         "autoresume": config.autoresume,
-        "compile_config": builders.compile_arguments(config),
+        "compile_config": builders.compile_arguments(config) if config.parallelism_config else None,
         "parallelism_config": config.parallelism_config,
         "deterministic_mode": config.deterministic,
         "dist_timeout": config.dist_timeout,
     }
+
+
+def _compiled(config: TrainConfig, model: Any) -> Any:
+    """The model, to be compiled as a whole, unless it is to be sharded.
+
+    Composer would compile DistributedDataParallel around it, whose Python breaks the graph (`fullgraph: true` fails);
+    a sharded model it compiles after it has been wrapped.
+    """
+    arguments = builders.compile_arguments(config)
+    return model if arguments is None or config.parallelism_config else torch.compile(model, **arguments)
 
 
 def _write_recipe(config: TrainConfig, folder: Path) -> None:

@@ -1,12 +1,9 @@
+import csv
 import gzip
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,7 +14,7 @@ from bert.checkpoint import to_original
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import train_wordpiece
 from bert.errors import CheckpointError, DataError, RecipeError
-from bert.inference import length_batches
+from bert.inference import LoadedModel, length_batches
 from bert.modeling import M2BertForMaskedLM
 
 TEXTS = ["the cat sat on the mat", "a dog", "the mat is on the floor and the cat is on the mat", "cat", "", "a dog ran"]
@@ -158,25 +155,49 @@ def test_other_settings_and_broken_lines_are_errors(folders, tmp_path, capsys):
     assert embed.main([*command[:4], str(tmp_path / "v.csv")]) == 2
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_file(folders, tmp_path):
-    source = write(tmp_path / "docs.jsonl", [{"text": f"{TEXTS[i % 6]} {TEXTS[i % 5]}"} for i in range(300)])
-    model = load(folders / "m2", device="cpu")
-    embed.embed_file(model, source, tmp_path / "whole.parquet", chunk=2)
-    output = tmp_path / "v.parquet"
-    command = [sys.executable, "-m", "bert.embed", str(folders / "m2"), "--input", str(source), "--output", str(output)]
-    process = subprocess.Popen([*command, "--chunk", "2", "--device", "cpu"], stderr=subprocess.DEVNULL)
-    parts = tmp_path / "v.parquet.parts"
-    deadline = time.monotonic() + 60
-    while len(list(parts.glob("part-*"))) < 5 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    made = {path: path.stat().st_mtime_ns for path in parts.glob("part-*")}
-    assert 5 <= len(made) < 150 and not output.exists()
-    newest = max(made, key=lambda path: made[path])
-    calls = []
-    encode = model.encode
-    model.encode = lambda texts, **options: calls.append(len(texts)) or encode(texts, **options)
-    embed.embed_file(model, source, output, chunk=2)
-    assert sum(calls) == 300 - 2 * len(made) and not newest.exists()
-    assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_are_read_with_their_identifiers(folders, tmp_path, capsys, kind):
+    source, output = tmp_path / f"docs.{kind}", tmp_path / "v.parquet"
+    texts = ["the cat, sat\non the mat", "a dog", 'the "mat"']  # what CSV must quote
+    names = ["x1", "x2", "x3"]
+    if kind == "csv":
+        with open(source, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["body", "key"], *zip(texts, names, strict=True)])
+    else:
+        pq.write_table(pa.table({"body": texts, "key": names}), source)
+    command = [str(folders / "m2"), "--input", str(source), "--output", str(output), "--device", "cpu"]
+    assert embed.main(command) == 2  # there is no column text
+    assert "body, key" in capsys.readouterr().err
+    command += ["--restart", "--text-column", "body"]
+    assert embed.main([*command, "--id-column", "key"]) == 0
+    table = pq.read_table(output).to_pydict()
+    assert table["id"] == names
+    np.testing.assert_allclose(table["vector"], load(folders / "m2", device="cpu").encode(texts), atol=1e-6)
+    assert embed.main(command) == 0
+    assert pq.read_table(output)["id"].to_pylist() == [0, 1, 2]
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_file(folders, tmp_path, capsys, monkeypatch):
+    source = write(tmp_path / "docs.jsonl", [{"text": f"{TEXTS[i % 6]} {TEXTS[i % 5]}"} for i in range(11)])
+    command = [str(folders / "m2"), "--input", str(source), "--device", "cpu", "--chunk", "2", "--output"]
+    encode, calls = LoadedModel.encode, []
+
+    def interrupted(self, texts, **options):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(len(texts))
+        return encode(self, texts, **options)
+
+    for name in ("v.parquet", "v.npy"):
+        whole = tmp_path / f"whole-{name}"
+        assert embed.main([*command, str(whole)]) == 0
+        output, parts = tmp_path / name, tmp_path / f"{name}.parts"
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(LoadedModel, "encode", interrupted)
+            assert embed.main([*command, str(output)]) == 130
+        assert "run the same command again" in capsys.readouterr().err
+        assert len(list(parts.glob("part-*"))) == 3 and not output.exists()
+        assert embed.main([*command, str(output)]) == 0
+        assert "11 vectors of 16; 5 made now" in capsys.readouterr().out
+        assert not parts.exists() and output.read_bytes() == whole.read_bytes()

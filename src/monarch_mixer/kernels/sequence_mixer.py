@@ -16,6 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from monarch_mixer.filters import two_sided_taps
 from monarch_mixer.kernels import monarch_fft, toeplitz
 from monarch_mixer.kernels.gates import short_convolution_backward, transpose
+from monarch_mixer.kernels.monarch_fft_filters import spectrum, taps_gradient
+from monarch_mixer.kernels.monarch_fft_tables import SHAPES, block_for
 from monarch_mixer.kernels.support import outside_graphs
 
 TOEPLITZ = 0  # in the place of a block
@@ -23,7 +25,7 @@ TOEPLITZ = 0  # in the place of a block
 
 def method_for(length: int, dtype: torch.dtype) -> int:
     """Return how sequences of a length are convolved: TOEPLITZ, or the block of a transform."""
-    return TOEPLITZ if length <= toeplitz.MAX_LENGTH[dtype] else monarch_fft.block_for(length, dtype)
+    return TOEPLITZ if length <= toeplitz.MAX_LENGTH[dtype] else block_for(length, dtype)
 
 
 def operand(taps: Tensor, dtype: torch.dtype, method: int | None = None) -> Tensor:
@@ -42,19 +44,19 @@ def operand(taps: Tensor, dtype: torch.dtype, method: int | None = None) -> Tens
 # Exact: to fp32 rather than tf32, which is what a convolution in half precision is worth.
 @torch.library.custom_op("monarch_mixer::spectrum", mutates_args=())
 def _spectrum(taps: Tensor, block: int, exact: bool) -> Tensor:
-    return monarch_fft.spectrum(taps, block, torch.float32 if exact else torch.bfloat16)
+    return spectrum(taps, block, torch.float32 if exact else torch.bfloat16)
 
 
 @_spectrum.register_fake
 def _(taps: Tensor, block: int, exact: bool) -> Tensor:
     channels, lags = taps.shape
     distances = 2 * (-(-(lags + 1) // (2 * block))) - 1
-    return taps.new_empty(channels, distances, 2, *monarch_fft.SHAPES[block][:2])
+    return taps.new_empty(channels, distances, 2, *SHAPES[block][:2])
 
 
 @torch.library.custom_op("monarch_mixer::taps_gradient", mutates_args=())
 def _taps_gradient(grad: Tensor, length: int, exact: bool) -> Tensor:
-    return monarch_fft.taps_gradient(grad.contiguous(), length, torch.float32 if exact else torch.bfloat16)
+    return taps_gradient(grad.contiguous(), length, torch.float32 if exact else torch.bfloat16)
 
 
 @_taps_gradient.register_fake

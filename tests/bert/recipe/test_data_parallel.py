@@ -72,9 +72,11 @@ def losses(folder: Path) -> list[float]:
 def test_two_ranks_train_like_one(recipe: Recipe, tmp_path: Path) -> None:
     common = [str(recipe(callbacks={"loader_monitor": {}})), "model.config.hidden_dropout_prob=0.0", "max_duration=6ba"]
     assert main([*common, "run_name=n1"]) == 0
+    graph = "compile={backend: aot_eager, fullgraph: true}"  # one graph, in spite of what wraps the model
     runs = [[*common, "run_name=n2"], [*common, "run_name=bf16", "gradient_reduction=bf16"]]
-    train_on_two_ranks(tmp_path, runs)
-    one, two, bf16 = (tmp_path / "runs" / name for name in ("n1", "n2", "bf16"))
+    train_on_two_ranks(tmp_path, [*runs, [*common, "run_name=graph", graph, "max_duration=2ba", "eval_loader=null"]])
+    one, two, bf16, compiled = (tmp_path / "runs" / name for name in ("n1", "n2", "bf16", "graph"))
+    assert losses(compiled)[0] == pytest.approx(losses(two)[0], abs=1e-4)
     assert len(losses(one)) == 6
     assert losses(one) == pytest.approx(losses(two), abs=1e-4)
     for metric in ("MaskedCrossEntropy", "MaskedPerplexity", "MaskedAccuracy"):

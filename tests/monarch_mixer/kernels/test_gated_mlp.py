@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from monarch_mixer import DimensionMixer
-from monarch_mixer.kernels import gated_mlp as kernels
-from monarch_mixer.kernels.gated_mlp import Config, gated_mlp
+from monarch_mixer.kernels.gated_mlp import _gated_mlp, gated_mlp
+from monarch_mixer.kernels.gated_mlp_backward import gated_backward
+from monarch_mixer.kernels.gated_mlp_forward import gated_forward
+from monarch_mixer.kernels.gated_mlp_tiles import Config
 from tests.monarch_mixer.kernels.support import DTYPES, assert_close, assert_repeatable, in_double, relative_error, run
 
 MASK32 = 0xFFFFFFFF
@@ -61,22 +63,16 @@ def test_odd_blocks(inner_block, out_block, num_blocks, device):
     check(inputs, grad, torch.float32)
 
 
-@pytest.mark.parametrize(("dtype", "dropout", "gelu"), [(torch.float32, 0.3, "sigmoid"), (torch.bfloat16, 0.0, "tanh")])
-def test_every_variant(dtype, dropout, gelu, device):
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.3), (torch.bfloat16, 0.0)])
+def test_every_way_forward_and_the_backward_pass_make_one_intermediate(dtype, dropout, device):
     (x, input_weight, output_weight), grad = make(48, 40, dtype, device, inner_block=20, num_blocks=2)
     seed = torch.tensor([2**40 + 5], device=device)
-    inner = kernels.gated_forward(x, input_weight, seed, dropout)
-    for variant, splits in (("tiles", 1), ("hold_x", 1), ("hold_x", 3), ("hold_w", 1), ("hold_w", 2)):
-        config = Config(variant, 32, 16, 16, 4, 2, splits, gelu)
-        other = kernels.gated_forward(x, input_weight, seed, dropout, config)
-        assert_close(other, inner, dtype, f"{variant}, {splits}")
-    grad_wide, inner_again = kernels.gated_backward(grad, x, input_weight, output_weight, seed, dropout)
+    inner = gated_forward(x, input_weight, seed, dropout)
+    for block_k, splits in ((16, 1), (0, 1), (0, 3)):
+        other = gated_forward(x, input_weight, seed, dropout, Config(32, 16, block_k, 4, 2, splits))
+        assert_close(other, inner, dtype, f"{block_k}, {splits}")
+    _, inner_again = gated_backward(grad, x, input_weight, output_weight, seed, dropout)
     assert_close(inner_again, inner, dtype)
-    for variant, splits in (("tiles", 1), ("fused", 1), ("hold_x", 1), ("hold_x", 3)):
-        config = Config(variant, 32, 16, 16, 4, 2, splits, gelu)
-        others = kernels.gated_backward(grad, x, input_weight, output_weight, seed, dropout, config)
-        assert_close(others[0], grad_wide, dtype, variant)
-        assert_close(others[1], inner, dtype, variant)
 
 
 def test_strided_inputs_need_no_copy(device):
@@ -122,7 +118,7 @@ def test_dropout_is_the_seeds_mask_in_both_directions(dtype, device, monkeypatch
     monkeypatch.setattr(torch, "randint", lambda *_, device, **__: torch.tensor([seed], device=device))
     keep = keep_mask(seed, 4 * 35, 32, 0.25).view(4, 35, 32).to(device)
     check(inputs, grad, dtype, lambda *inputs: gated_mlp(*inputs, 0.25), keep / 0.75)
-    inner = kernels.gated_forward(inputs[0], inputs[1], torch.tensor([seed], device=device), 0.25)
+    inner = gated_forward(inputs[0], inputs[1], torch.tensor([seed], device=device), 0.25)
     assert torch.equal(inner != 0, keep & (inner != 0)) and (inner != 0).sum() > 0.99 * keep.sum()
 
 
@@ -131,7 +127,7 @@ def test_dropout_drops_at_its_rate_and_differs_between_seeds(dropout, device):
     (x, *weights), _ = make(48, 100, torch.float32, device)
     kept = []
     for seed in (0, 1, 2**32):
-        inner = kernels.gated_forward(x, weights[0], torch.tensor([seed], device=device), dropout)
+        inner = gated_forward(x, weights[0], torch.tensor([seed], device=device), dropout)
         kept.append((inner != 0).double())
         for axis in ((0, 1), (0, 2), (1, 2), (0, 1, 2)):
             share = kept[-1].mean(axis)
@@ -162,7 +158,7 @@ def test_cheap_gelu_is_near_the_exact_one(device):
     x = torch.stack((gates, torch.ones_like(gates)), 1).to(device, torch.float16)
     weight = torch.zeros(2, 2, 1, device=device, dtype=torch.float16)
     weight[:, 0] = 1
-    inner = kernels.gated_forward(x, weight, None, 0.0)[0, :, 0].double()
+    inner = gated_forward(x, weight, None, 0.0)[0, :, 0].double()
     expected = F.gelu(x[:, 0].double())
     # fp16 rounds the result, by 2**-11 of it, and by 2**-25 below its normal numbers.
     assert ((inner - expected).abs() <= 2.6e-5 + 2**-25 + expected.abs() * 2**-11 * 1.01).all()
@@ -197,7 +193,7 @@ def test_dimension_mixer_through_the_kernels(dtype, channels_first, device, monk
 def test_registration(device):
     inputs, _ = make(32, 6, torch.float32, device)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(kernels._gated_mlp, (*inputs, torch.tensor([3], device=device), 0.1), test_utils=checks)
+    torch.library.opcheck(_gated_mlp, (*inputs, torch.tensor([3], device=device), 0.1), test_utils=checks)
 
 
 def test_compiled_in_one_graph(device):

@@ -1,0 +1,60 @@
+"""Kill -9 in the middle of embedding; the same command again makes the rest and gives the same file."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bert import embed, load
+from bert.configuration import M2BertConfig
+from bert.data.tokenizer import train_wordpiece
+from bert.inference import LoadedModel
+from bert.modeling import M2BertForMaskedLM
+from tests.faults.conftest import Child, wait_for
+
+TEXTS = ["the cat sat on the mat", "a dog", "the mat is on the floor and the cat is on the mat", "cat", "a dog ran"]
+DOCUMENTS = 300
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16}
+    lengths = {"max_position_embeddings": 32, "long_conv_l_max": 32}
+    M2BertForMaskedLM(M2BertConfig(**sizes, **lengths, hyena_filter_order=4)).save_pretrained(tmp_path / "model")
+    train_wordpiece(TEXTS * 20, 60).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.faults
+def test_embedding_killed(
+    folder: Path, tmp_path: Path, fork: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output, whole = tmp_path / "docs.jsonl", tmp_path / "v.parquet", tmp_path / "whole.parquet"
+    lines = [json.dumps({"text": f"{TEXTS[i % 5]} {TEXTS[i % 4]}"}) for i in range(DOCUMENTS)]
+    source.write_text("\n".join(lines) + "\n")
+    model = load(folder, device="cpu")
+    embed.embed_file(model, source, whole, chunk=2)
+    arguments = [str(folder), "--input", str(source), "--output", str(output), "--chunk", "2", "--device", "cpu"]
+    child = fork(embed.main, arguments)
+    parts = tmp_path / "v.parquet.parts"
+    wait_for(lambda: len(list(parts.glob("part-*"))) >= 5)
+    child.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    made = len(list(parts.glob("part-*")))
+    assert 5 <= made < DOCUMENTS // 2 and not output.exists()
+    encode, encoded = LoadedModel.encode, []
+
+    def counted(self: LoadedModel, texts: list[str], **options: object) -> object:
+        encoded.extend(texts)
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(LoadedModel, "encode", counted)
+    embed.embed_file(model, source, output, chunk=2)
+    assert len(encoded) == DOCUMENTS - 2 * made and not parts.exists()
+    assert output.read_bytes() == whole.read_bytes()
