@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,6 @@ from bert.export.folder import difference, load_exported, write_folder
 from bert.modeling import M2BertForMaskedLM
 from bert.safe_loading import load_checkpoint_file
 from bert.trained import LATEST_NAME, WEIGHT_FILES, folder_pooling, has_record, load_trained
-
-log = logging.getLogger(__name__)
 
 FORMATS = ("huggingface", "original", "onnx")
 SUFFIXES = {".pt": "original", ".onnx": "onnx"}
@@ -74,7 +73,7 @@ def read_source(
         file = path / LATEST_NAME if path.is_dir() else path
         content = load_checkpoint_file(file)
         if has_record(content):
-            return _read_run(path, tokenizer)
+            return _read_run(path, content, tokenizer)
         if isinstance(content, Mapping) and content.get("kind") == FINETUNED:
             found = _read_finetuned(file, content)
         else:
@@ -86,7 +85,7 @@ def read_source(
     return found
 
 
-def _read_run(path: Path, tokenizer: str | None) -> Source:
+def _read_run(path: Path, content: Mapping[str, Any], tokenizer: str | None) -> Source:
     trained = load_trained(path)
     model = trained.model.model
     if not isinstance(model, M2BertForMaskedLM):
@@ -101,20 +100,32 @@ def _read_run(path: Path, tokenizer: str | None) -> Source:
         trained.tokenizer(found.tokenizer_name)  # an error where it is another one
     found.origin = {
         "source": "a run of monarch-mixer-bert",
-        "recipe": record.get("recipe"),
-        "versions": record.get("versions"),
-        "metrics": _last_evaluation((path if path.is_dir() else path.parent) / "metrics.jsonl"),
+        **{name: record.get(name) for name in ("recipe", "data", "versions")},
+        "metrics": _last_evaluation(trained.file.resolve().parent / "metrics.jsonl", _batch_of(content)),
     }
     return found
 
 
-def _last_evaluation(path: Path) -> dict[str, Any]:
-    """The last evaluation that a run wrote down; empty where there is none."""
-    if not path.is_file():
-        return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    evaluations = [line for line in lines if line.get("event") == "eval"]
-    return {name: value for name, value in evaluations[-1].items() if name != "event"} if evaluations else {}
+def _batch_of(content: Mapping[str, Any]) -> float:
+    """The batch after which a run's checkpoint was saved; infinity where it does not say."""
+    try:
+        return float(content["state"]["timestamp"]["Timestamp"]["batch"])
+    except (LookupError, TypeError, ValueError):
+        return math.inf
+
+
+def _last_evaluation(path: Path, batch: float) -> dict[str, Any]:
+    """The last evaluation that a run wrote down until `batch`; empty where there is none."""
+    found: dict[str, Any] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                values = dict(json.loads(line))
+                if values.pop("event") == "eval" and values["batch"] <= batch:
+                    found = values
+            except (LookupError, TypeError, ValueError, RecursionError):
+                continue  # torn by a kill
+    return found
 
 
 def _read_finetuned(file: Path, content: Mapping[str, Any]) -> Source:
@@ -136,7 +147,8 @@ def _read_finetuned(file: Path, content: Mapping[str, Any]) -> Source:
     fields |= {"num_labels": num_labels, "pool_all": section.get("pooling") == "mean"}
     labels = metadata.get("labels")
     if isinstance(labels, list) and len(labels) == num_labels:
-        fields |= {"id2label": dict(enumerate(labels)), "label2id": {str(name): i for i, name in enumerate(labels)}}
+        names = [str(name) for name in labels]
+        fields |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     model = load_any(weights, fields, "classification", str(file))
     origin = {"source": f"a fine-tuning job on {metadata.get('task')}", "metrics": metadata.get("metrics")}
     return Source(model, origin=origin, notes=notes)
@@ -254,6 +266,12 @@ def _run(source: Source, path: Path, to: str, ids: Tensor, mask: Tensor) -> Tens
     return _logits(load_exported(path, type(source.model).__name__), ids, mask)
 
 
+def _identifier(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9.+-]+", text):
+        raise argparse.ArgumentTypeError("an identifier such as apache-2.0")
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, 2 for what cannot be converted, 4 for a full disk."""
     parser = argparse.ArgumentParser(prog="python -m bert.convert", description="Convert an M2-BERT checkpoint.")
@@ -267,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="JSON with the fields of an original checkpoint's model")
     parser.add_argument("--task", choices=("mlm", "classification"), help="default: what the weights show")
     parser.add_argument("--tokenizer", help="name or path, where the source has none or it was moved")
-    parser.add_argument("--license", help="identifier for the model card, such as apache-2.0")
+    parser.add_argument("--license", type=_identifier, help="identifier for the model card, such as apache-2.0")
     parser.add_argument("--verify", action="store_true", help="run both models on the same inputs and compare")
     parser.add_argument("--overwrite", action="store_true", help="replace a destination that exists")
     arguments = parser.parse_args(argv)

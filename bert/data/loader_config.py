@@ -174,6 +174,7 @@ def load_metadata(config: DatasetConfig, *, any_length: bool = False) -> Dataset
     total = sum(part.num_tokens for part in parts.values())
     return replace(
         max(parts.values(), key=lambda part: part.seq_len),
+        source=first.source if len(parts) == 1 else {"kind": "streams"} | {key: p.source for key, p in parts.items()},
         unigram_entropy_nats=entropy / max(1, total),
         **{name: sum(getattr(part, name) for part in parts.values()) for name in counts},
     )

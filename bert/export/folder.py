@@ -20,8 +20,8 @@ from bert.checkpoint import Model, fields_of
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import ROLES
 from bert.errors import CheckpointError
+from bert.export.card import model_card
 from bert.export.sources import modeling_source
-from bert.modeling import M2BertForMaskedLM
 
 MODELING_FILE = "modeling_m2_bert"
 AUTO_CLASSES = {
@@ -171,64 +171,6 @@ def _write_pooler(folder: Path, model: Model) -> None:
     _write_json(folder / "config.json", {**settings, "activation_function": "torch.nn.modules.activation.Tanh"})
     state = model.bert.pooler.dense.state_dict()
     save_file({f"linear.{name}": value.cpu() for name, value in state.items()}, folder / "model.safetensors")
-
-
-def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> str:
-    """Return the model card: what the source says about the model and nothing else.
-
-    Args:
-        model: the model.
-        has_tokenizer: whether the folder has one.
-        origin: "source" (kind of checkpoint), and where they are known "recipe" (YAML), "data" (a sentence), "metrics"
-            (name -> value), "versions", "license" (an identifier).
-    """
-    config = model.config
-    masked = isinstance(model, M2BertForMaskedLM)
-    auto = "AutoModelForMaskedLM" if masked else "AutoModelForSequenceClassification"
-    license_name = origin.get("license")
-    head = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: transformers"]
-    head += [f"pipeline_tag: {'fill-mask' if masked else 'text-classification'}", "tags:", "- m2-bert", "---"]
-    count = sum(parameter.numel() for parameter in model.parameters())
-    mixer = "Monarch Mixer" if config.monarch_mixer_sequence_mixing else "attention baseline"
-    lines = [
-        *head,
-        "",
-        "# M2-BERT",
-        "",
-        f"{mixer}, {count:,} parameters, {config.num_hidden_layers} layers of {config.hidden_size}, at most "
-        f"{config.max_sequence_length} tokens (Fu et al., *Monarch Mixer*, NeurIPS 2023, arXiv 2310.12109). Converted "
-        f"from {origin['source']}.",
-        "",
-        "```python",
-        f"from transformers import {auto}",
-        "",
-        f"model = {auto}.from_pretrained(folder, trust_remote_code=True)  # runs modeling_m2_bert.py of the folder",
-        "```",
-        "",
-    ]
-    if config.monarch_mixer_sequence_mixing and not getattr(config, "mask_padding", False):
-        lines += [
-            f"**Padding.** This model's mixer processes padding as tokens. Its texts were padded to "
-            f'{config.max_sequence_length} tokens in training, so pad to that length (`padding="max_length"`): shorter '
-            "inputs give other results. `pipeline` and sentence-transformers do not unless told to.",
-            "",
-        ]
-    if not has_tokenizer:
-        lines += ["The folder has no tokenizer: none was known or given when it was made.", ""]
-    for title, key in (("Data", "data"), ("Metrics", "metrics"), ("Recipe", "recipe"), ("Versions", "versions")):
-        lines += [f"## {title}", "", *_section(origin.get(key), key), ""]
-    lines += ["## Licence", "", license_name or "Not stated by the source.", ""]
-    return "\n".join(lines)
-
-
-def _section(value: Any, key: str) -> list[str]:
-    if not value:
-        return ["Not stated by the source."]
-    if key == "recipe":
-        return ["```yaml", str(value).rstrip(), "```"]
-    if isinstance(value, Mapping):
-        return [f"- {name}: {number}" for name, number in value.items()]
-    return [str(value)]
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -322,7 +322,16 @@ def _record(config: TrainConfig, metadata: DatasetMetadata | None, task: Contras
         own = task.record()
     else:
         assert metadata is not None
-        own = {"tokenizer_fingerprint": metadata.tokenizer_fingerprint, "tokenizer_name": metadata.tokenizer_name}
+        own = {
+            "tokenizer_fingerprint": metadata.tokenizer_fingerprint,
+            "tokenizer_name": metadata.tokenizer_name,
+            "data": {
+                "source": metadata.source,
+                "documents": metadata.num_documents,
+                "samples": metadata.num_samples,
+                "tokens": metadata.num_tokens,
+            },
+        }
     return {
         "recipe": to_yaml(config),
         "model": {"name": config.model.name, "config": config.model.config},

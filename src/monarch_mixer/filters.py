@@ -144,13 +144,18 @@ class ImplicitFilter(nn.Module):
             self._cached_taps = None
             return self._compute_taps(length)
         key = self._state_key(length)
+        if key is None:
+            return self._compute_taps(length)
         if self._cached_taps is None or self._cached_taps[0] != key:
             self._cached_taps = (key, self._compute_taps(length))
         return self._cached_taps[1]
 
     def _state_key(self, length: int) -> object:
+        """Return what changes with the weights; None where nothing tells, of a model made in inference mode."""
         # In-place updates raise a tensor's version, replacements change its address.
         tensors = [*self.parameters(), *self.buffers()]
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
         return length, tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
 
     def _compute_taps(self, length: int) -> tuple[Tensor, Tensor | None]:

@@ -73,6 +73,14 @@ def test_cached_taps_follow_every_change_of_the_weights():
         assert implicit(16)[0] is not implicit(16)[0]
 
 
+def test_a_filter_made_in_inference_mode_keeps_no_taps():
+    with torch.inference_mode():
+        implicit = ImplicitFilter(4, 16, order=8).eval()
+        before = implicit(16)[0]
+        implicit.decay_rates.mul_(2)  # which no version tells
+        assert not torch.equal(implicit(16)[0], before)
+
+
 def test_fixed_positions_are_a_buffer():
     implicit = ImplicitFilter(4, 16, learn_positions=False)
     assert "position_features" in dict(implicit.named_buffers())

@@ -1,0 +1,97 @@
+"""The model card of an exported folder: what the source says of the model, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bert.checkpoint import Model
+from bert.modeling import M2BertForMaskedLM
+
+UNSTATED = "Not stated by the source."
+
+
+def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> str:
+    """Return the model card: what the source says about the model and nothing else.
+
+    Args:
+        model: the model.
+        has_tokenizer: whether the folder has one.
+        origin: "source" (kind of checkpoint), and where they are known "recipe" (YAML), "data" (a sentence), "metrics"
+            (name -> value), "versions", "license" (an identifier).
+    """
+    config = model.config
+    masked = isinstance(model, M2BertForMaskedLM)
+    auto = "AutoModelForMaskedLM" if masked else "AutoModelForSequenceClassification"
+    license_name = origin.get("license")
+    head = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: transformers"]
+    head += [f"pipeline_tag: {'fill-mask' if masked else 'text-classification'}", "tags:", "- m2-bert", "---"]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    mixer = "Monarch Mixer" if config.monarch_mixer_sequence_mixing else "attention baseline"
+    lines = [
+        *head,
+        "",
+        "# M2-BERT",
+        "",
+        f"{mixer}, {count:,} parameters, {config.num_hidden_layers} layers of {config.hidden_size}, at most "
+        f"{config.max_sequence_length} tokens (Fu et al., *Monarch Mixer*, NeurIPS 2023, arXiv 2310.12109). Converted "
+        f"from {origin['source']}.",
+        "",
+        "```python",
+        f"from transformers import {auto}",
+        "",
+        f"model = {auto}.from_pretrained(folder, trust_remote_code=True)  # runs modeling_m2_bert.py of the folder",
+        "```",
+        "",
+    ]
+    if config.monarch_mixer_sequence_mixing and not getattr(config, "mask_padding", False):
+        lines += [
+            f"**Padding.** This model's mixer processes padding as tokens. Its texts were padded to "
+            f'{config.max_sequence_length} tokens in training, so pad to that length (`padding="max_length"`): shorter '
+            "inputs give other results. `pipeline` and sentence-transformers do not unless told to.",
+            "",
+        ]
+    if not has_tokenizer:
+        lines += ["The folder has no tokenizer: none was known or given when it was made.", ""]
+    for title, key in (("Data", "data"), ("Metrics", "metrics"), ("Recipe", "recipe"), ("Versions", "versions")):
+        lines += [f"## {title}", "", *_section(origin.get(key), key), ""]
+    lines += ["## Licence", "", f"Weights: {license_name or UNSTATED} The modelling file: Apache-2.0.", ""]
+    return "\n".join(lines)
+
+
+def _section(value: Any, key: str) -> list[str]:
+    if not value:
+        return [UNSTATED]
+    if key == "recipe":
+        return ["```yaml", str(value).rstrip(), "```"]
+    if not isinstance(value, Mapping):
+        return [str(value)]
+    if key == "data":
+        return [data_sentence(value)]
+    shown = {name: f"{number:.6g}" if isinstance(number, float) else number for name, number in value.items()}
+    return [f"- {str(name).removeprefix('metrics/eval/')}: {number}" for name, number in shown.items()]
+
+
+def data_sentence(data: Mapping[str, Any]) -> str:
+    """Say what a model was trained on, from a run's record: "source", and counts of documents, samples and tokens."""
+    counts = [
+        f"{data[name]:,} {name}" for name in ("documents", "samples", "tokens") if isinstance(data.get(name), int)
+    ]
+    return ": ".join([_source(data.get("source")), *([", ".join(counts)] if counts else [])]) + "."
+
+
+def _source(source: Any) -> str:
+    source = source if isinstance(source, Mapping) else {}
+    if source.get("kind") == "hub":
+        parts = [str(source[name]) for name in ("config", "split") if source.get(name)]
+        return f"Hugging Face dataset {source.get('name')}" + (f" ({', '.join(parts)})" if parts else "")
+    if source.get("kind") == "files":
+        paths = source.get("paths")
+        names = ", ".join(f"`{Path(str(path)).name}`" for path in paths) if isinstance(paths, list) else "text"
+        return f"{source.get('num_files')} files ({names})"
+    if source.get("kind") == "embedded":
+        return f"Text that Python brings along ({source.get('split')})"
+    if source.get("kind") == "streams":
+        return "; ".join(_source(part) for name, part in source.items() if name != "kind")
+    return f"A source of kind {source.get('kind')}"
