@@ -80,7 +80,9 @@ def config_json(model: Model, has_tokenizer: bool) -> dict[str, Any]:
 def load_exported(folder: Path, kind: str) -> Any:
     """Load a folder that `write_folder` wrote as somebody does who has its modelling file only.
 
-    The file is compared with what this project generates first: no code but our own is run.
+    The modelling file is compared with what this version generates first, so that no code but our own is run: a folder
+    whose file is stale (an older version wrote it, or somebody changed it) is refused. Its weights are not: `python -m
+    bert.convert` reads them by their names, never runs the file, and writes the current one.
 
     Args:
         folder: the folder.

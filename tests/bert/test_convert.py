@@ -10,6 +10,7 @@ from bert import convert
 from bert.checkpoint import load_original, read_state_dict, to_original
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import train_wordpiece
+from bert.errors import CheckpointError
 from bert.export import onnx
 from bert.export.folder import load_exported
 from bert.export.sources import modeling_source
@@ -320,6 +321,45 @@ def test_a_result_that_differs_is_not_kept(original, capsys, monkeypatch):
     assert run(folder / "golden.pt", folder / "hf", "--config", folder / "config.json", "--verify") == 2
     assert "differs by" in capsys.readouterr().err
     assert not (folder / "hf").exists()
+
+
+def test_a_stale_modelling_file_is_not_run(original, tmp_path):
+    """Another version's, or one that somebody changed; the folder is converted all the same, with the current file."""
+    folder, task, _ = original
+    assert run(folder / "golden.pt", folder / "hf", "--config", folder / "config.json") == 0
+    path = folder / "hf" / "modeling_m2_bert.py"
+    assert path.read_text() == modeling_source()
+    kind = {"mlm": "M2BertForMaskedLM", "classification": "M2BertForSequenceClassification"}[task]
+    load_exported(folder / "hf", kind)
+    trace = tmp_path / "trace"
+    for text in (f"open({str(trace)!r}, 'w')\n" + path.read_text(), path.read_text().replace("gelu", "relu"), ""):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match="not the file that this version writes"):
+            load_exported(folder / "hf", kind)
+        assert run(folder / "hf", folder / "fresh", "--overwrite", "--verify") == 0
+        assert (folder / "fresh" / "modeling_m2_bert.py").read_text() == modeling_source()
+        assert not trace.exists()
+
+
+def test_an_exported_folder_has_what_others_look_for(original):
+    folder, _, _ = original
+    train_wordpiece(TEXTS, 60).save_pretrained(folder / "tokenizer")
+    source = (folder / "golden.pt", folder / "hf", "--config", folder / "config.json")
+    assert run(*source, "--tokenizer", folder / "tokenizer") == 0
+    names = {"config.json", "model.safetensors", "modeling_m2_bert.py", "README.md", "modules.json", "1_Pooling"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "sentence_bert_config.json"}
+    assert {path.name for path in (folder / "hf").iterdir()} == names
+    readable = [path.stat().st_mode & 0o444 for path in (folder / "hf").iterdir()]
+    assert len(set(readable)) == 1
+    config = json.loads((folder / "hf" / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "modeling_m2_bert.M2BertModel" and "torch_dtype" not in config
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # where pipelines of transformers 4 look
+    settings = json.loads((folder / "hf" / "tokenizer_config.json").read_text())
+    assert "token_type_ids" in settings["model_input_names"]
+    # And without a tokenizer, nothing that says there is one.
+    assert run(*source, "--overwrite") == 0
+    assert not {path.name for path in (folder / "hf").iterdir()} & {"modules.json", "tokenizer.json", "1_Pooling"}
+    assert "tokenizer_class" not in json.loads((folder / "hf" / "config.json").read_text())
 
 
 def test_the_modelling_file_needs_torch_and_transformers_alone():

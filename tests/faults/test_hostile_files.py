@@ -15,6 +15,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
+from bert.convert import read_source
 from bert.data.checked_stream import zstd_content_size
 from bert.data.loader_config import DatasetConfig, LoaderConfig
 from bert.data.streaming_text import build_data_spec
@@ -23,7 +24,7 @@ from bert.errors import CheckpointError, DataError, RecipeError
 from bert.recipe.schema import load_config
 from bert.recipe.train import main
 from bert.safe_loading import load_checkpoint_file
-from bert.trained import load_trained
+from bert.trained import load_trained, open_model
 from tests.bert.recipe.conftest import SEQ_LEN, write_split
 
 
@@ -133,6 +134,36 @@ def test_a_record_that_asks_for_a_huge_model_is_refused(tmp_path: Path, change: 
     torch.save({"state": state}, tmp_path / "latest-rank0.pt")
     with pytest.raises(RecipeError):
         load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"model_type": "m2_bert"}, {"model_type": "bert"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 1 << 20},
+        {"vocab_size": 1 << 40},
+        {"num_hidden_layers": 1 << 40},
+        {"max_position_embeddings": 1 << 40},
+        {"num_labels": 1 << 40},
+        {"hidden_size": 1 << 62},
+        {"hidden_size": "16"},
+    ],
+    ids=str,
+)
+def test_a_config_json_that_asks_for_a_huge_model_is_refused(tmp_path: Path, fields: dict, change: dict) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 40}
+    (tmp_path / "config.json").write_text(json.dumps({**small, "num_attention_heads": 2, **fields, **change}))
+    torch.save({"bert.encoder.layers.0.weight": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    for read in (open_model, read_source):
+        with pytest.raises(RecipeError):
+            read(tmp_path)
+
+
+def test_weights_that_claim_more_than_they_hold_are_refused(tmp_path: Path) -> None:
+    """One number, as a matrix of 2^40: to copy it would take all memory."""
+    torch.save({"bert.x": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="claim"):
+        read_source(tmp_path / "model.pt")
 
 
 def test_an_archive_is_not_unpacked(
