@@ -47,16 +47,17 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
     ]
     if config.monarch_mixer_sequence_mixing and not getattr(config, "mask_padding", False):
         lines += [
-            f"**Padding.** This model's mixer processes padding as tokens. Its texts were padded to "
-            f'{config.max_sequence_length} tokens in training, so pad to that length (`padding="max_length"`): shorter '
-            "inputs give other results. `pipeline` and sentence-transformers do not unless told to.",
+            "**Padding.** This model's mixer processes padding as tokens, so that a result depends on the length that a "
+            'text is padded to: pad as in training (`padding="max_length"` pads to the longest). `pipeline` and '
+            "sentence-transformers pad to the longest text of a batch unless told otherwise.",
             "",
         ]
     if not has_tokenizer:
         lines += ["The folder has no tokenizer: none was known or given when it was made.", ""]
     for title, key in (("Data", "data"), ("Metrics", "metrics"), ("Recipe", "recipe"), ("Versions", "versions")):
         lines += [f"## {title}", "", *_section(origin.get(key), key), ""]
-    lines += ["## Licence", "", f"Weights: {license_name or UNSTATED} The modelling file: Apache-2.0.", ""]
+    weights = f"{license_name}." if license_name else UNSTATED
+    lines += ["## Licence", "", f"Weights: {weights} The modelling file: Apache-2.0.", ""]
     return "\n".join(lines)
 
 
