@@ -41,7 +41,8 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
         "```python",
         f"from transformers import {auto}",
         "",
-        f"model = {auto}.from_pretrained(folder, trust_remote_code=True)  # runs modeling_m2_bert.py of the folder",
+        "# Runs modeling_m2_bert.py of the folder.",
+        f"model = {auto}.from_pretrained(folder, trust_remote_code=True)",
         "```",
         "",
     ]
