@@ -81,23 +81,38 @@ class MonarchTransform(nn.Module):
         return y.view(batch, self.points * q, channels)
 
 
-class MonarchConvolution(nn.Module):
-    """A long convolution with constant taps, for any length up to theirs."""
+class ExportableMixer(nn.Module):
+    """`MonarchSequenceMixer` with constant filters, in ops that export."""
 
     taps: Tensor
 
-    def __init__(self, implicit_filter: ImplicitFilter, transform: MonarchTransform) -> None:
+    def __init__(self, mixer: MonarchSequenceMixer, transform: MonarchTransform) -> None:
         super().__init__()
-        self.longest = implicit_filter.max_length
+        self.norm = mixer.norm
+        self.input_projection, self.output_projection = mixer.input_projection, mixer.output_projection
+        self.short_weight, self.short_bias = mixer.short_weight, mixer.short_bias
+        self.has_residual = mixer.residual_filter is not None
+        self.longest = mixer.filter.max_length
         self.transform = transform
-        with torch.no_grad():
-            forward, backward = implicit_filter(self.longest, False)
-            past = torch.zeros_like(forward) if backward is None else backward
-            taps = torch.cat([past[:-1].flip(0), forward[:1] + implicit_filter.skip, forward[1:]])
-        self.register_buffer("taps", taps)  # (2 * longest - 1, channels), lag -(longest - 1) first
+        # (2 * longest - 1, channels), lag -(longest - 1) first; the residual convolution's channels after the gated one's.
+        self.register_buffer("taps", torch.cat([constant_taps(each) for each in mixer.filters()], 1))
 
-    def forward(self, x: Tensor, blocks: Tensor) -> Tensor:
-        """Filter x (batch, length, channels)."""
+    def forward(self, x: Tensor, blocks: Tensor, padding: Tensor | None) -> Tensor:
+        """Mix x (batch, length, channels); `padding` (batch, length, 1) is true where it is left out."""
+        if self.norm is not None:
+            x = self.norm(x)
+        short = short_convolution(self.input_projection(x), self.short_weight, self.short_bias)
+        gate_before, gate_after, value = short.chunk(3, dim=-1)
+        inputs = value * gate_before
+        if self.has_residual:
+            inputs = torch.cat([inputs, x], 2)
+        y = self._convolve(inputs if padding is None else inputs.masked_fill(padding, 0), blocks)
+        if self.has_residual:
+            gated, residual = y.chunk(2, dim=-1)
+            return self.output_projection(gated * gate_after + residual)
+        return self.output_projection(y * gate_after)
+
+    def _convolve(self, x: Tensor, blocks: Tensor) -> Tensor:
         length = x.shape[1]
         taps = self.taps.index_select(0, torch.arange(2 * length - 1) + (self.longest - length))
         a, b = self.transform(x, blocks), self.transform(taps[None], blocks)
@@ -108,30 +123,12 @@ class MonarchConvolution(nn.Module):
         return y.index_select(1, torch.arange(length) + (length - 1)) / y.shape[1]
 
 
-class ExportableMixer(nn.Module):
-    """`MonarchSequenceMixer` with constant filters, in ops that export."""
-
-    def __init__(self, mixer: MonarchSequenceMixer, transform: MonarchTransform) -> None:
-        super().__init__()
-        self.norm = mixer.norm
-        self.input_projection, self.output_projection = mixer.input_projection, mixer.output_projection
-        self.short_weight, self.short_bias = mixer.short_weight, mixer.short_bias
-        self.convolutions = nn.ModuleList(MonarchConvolution(each, transform) for each in mixer.filters())
-
-    def forward(self, x: Tensor, blocks: Tensor, padding: Tensor | None) -> Tensor:
-        """Mix x (batch, length, channels); `padding` (batch, length, 1) is true where it is left out."""
-        if self.norm is not None:
-            x = self.norm(x)
-        short = short_convolution(self.input_projection(x), self.short_weight, self.short_bias)
-        gate_before, gate_after, value = short.chunk(3, dim=-1)
-        gated = value * gate_before
-        if padding is not None:
-            gated, x = gated.masked_fill(padding, 0), x.masked_fill(padding, 0)
-        y, *residual = (
-            convolution(each, blocks) for convolution, each in zip(self.convolutions, (gated, x), strict=False)
-        )
-        y = y * gate_after
-        return self.output_projection(y + residual[0] if residual else y)
+@torch.no_grad()
+def constant_taps(implicit_filter: ImplicitFilter) -> Tensor:
+    """Return a filter's taps (2 * max_length - 1, channels), lag -(max_length - 1) first, lag 0 with the skip weight."""
+    forward, backward = implicit_filter(implicit_filter.max_length, False)
+    past = torch.zeros_like(forward) if backward is None else backward
+    return torch.cat([past[:-1].flip(0), forward[:1] + implicit_filter.skip, forward[1:]])
 
 
 class ExportableEncoder(nn.Module):
