@@ -1,8 +1,13 @@
-"""ONNX: the models as a graph for any batch and any length up to theirs, which no FFT stands in the way of."""
+"""ONNX: the models as a graph for any batch and any length up to theirs, which onnxruntime runs.
+
+ONNX knows FFTs, but runtimes do them slowly or not at all. The long convolutions are Monarch matrix products instead,
+whose size follows the length (`MonarchTransform`): O(length^1.5) where an FFT takes O(length log(length)).
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +23,8 @@ from monarch_mixer.filters import ImplicitFilter
 from monarch_mixer.long_convolution import short_convolution
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+ANY = 2**20  # a size that nothing limits; the exporter wants a number
 INSTALL = "pip install 'monarch-mixer-bert[onnx]', or pip install " + " ".join(PACKAGES)
 
 
@@ -153,11 +160,18 @@ class ExportableEncoder(nn.Module):
 class _Graph(nn.Module):
     """What is exported: ids, mask and types to logits."""
 
+    room: Tensor | None
+
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
+        limit = model.config.max_sequence_length
+        self.register_buffer("room", None if limit is None else torch.zeros(limit, dtype=torch.long))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        if self.room is not None:
+            # A graph raises nothing: of a sequence over the limit this reads past the end, which is an error.
+            input_ids = input_ids + self.room.index_select(0, torch.arange(input_ids.shape[1]))
         return cast(Tensor, self.model(input_ids, attention_mask, token_type_ids).logits)
 
 
@@ -172,38 +186,40 @@ def exportable(model: Model) -> Model:
 def export_onnx(model: Model, path: Path) -> None:
     """Write a model as ONNX, in fp32; the model is used up.
 
-    Inputs: input_ids, attention_mask, token_type_ids, (batch, length) in int64. Output: logits.
+    Inputs: input_ids, attention_mask, token_type_ids, (batch, length) in int64. Output: logits. Of a model with
+    `mask_padding` a zero of the mask before the last one counts as a real token; a length over the model's is an error
+    of the runtime. The taps of all filters are in the file, 4 bytes * 2 * max length * channels each; what goes over
+    1.5 GB goes to a second file beside it, `path` with .data at its end.
 
     Raises:
-        RecipeError: a package is missing, or the model returns no logits.
+        RecipeError: a package is missing, the model returns no logits, or it takes no more than two tokens.
     """
     check_installed()
     if model.config.gather_sentence_embeddings:
         raise RecipeError("--to onnx: a model with gather_sentence_embeddings has no logits")
-    limit = model.config.max_sequence_length or 512
+    limit = model.config.max_sequence_length or ANY
     if limit < 3:
-        raise RecipeError(f"--to onnx: a model of {limit} tokens has no lengths to choose from")
-    batch, length = torch.export.Dim("batch", max=2**20), torch.export.Dim("length", max=limit)
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    inputs = (ids, torch.ones_like(ids), torch.zeros_like(ids))  # one tensor given twice would be one input
+        raise RecipeError(f"--to onnx: a model of at most {limit} tokens has no lengths to choose from")
+    # Three tensors: one that is given twice would be one input.
+    inputs = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS)
+    sizes = {0: torch.export.Dim("batch", max=ANY), 1: torch.export.Dim("length", max=limit)}
     with torch.no_grad():
-        # Not by torch.onnx.export, which tries other ways on failure, one of which fixes the sizes.
+        # Not by torch.onnx.export, which after a failure tries other ways, one of which fixes the sizes.
         program = torch.export.export(
-            _Graph(exportable(model.float())),
-            inputs,
-            dynamic_shapes=({0: batch, 1: length},) * len(inputs),
-            strict=False,
+            _Graph(exportable(model.float())), inputs, dynamic_shapes=(sizes,) * len(inputs), strict=False
         )
-        torch.onnx.export(
-            program,
-            inputs,
-            str(path),
-            input_names=["input_ids", "attention_mask", "token_type_ids"],
-            output_names=["logits"],
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+    # It warns of ops that no model here has.
+    logging.getLogger("torch.onnx._internal.exporter._schemas").setLevel(logging.ERROR)
+    torch.onnx.export(
+        program,
+        f=str(path),
+        input_names=INPUTS,
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch", 1: "length"}, {}, {}),  # their names in the file
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
 
 
 def run_onnx(path: Path, ids: Tensor, mask: Tensor) -> Tensor:
@@ -212,7 +228,7 @@ def run_onnx(path: Path, ids: Tensor, mask: Tensor) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    given = dict(zip(INPUTS, (ids, mask, torch.zeros_like(ids)), strict=True))
     names = {entry.name for entry in session.get_inputs()}
     return torch.from_numpy(
         session.run(None, {name: value.numpy() for name, value in given.items() if name in names})[0]
