@@ -1,8 +1,13 @@
-"""ONNX: the models as a graph for any batch and any length up to theirs, which no FFT stands in the way of."""
+"""ONNX: the models as a graph for any batch and any length up to theirs, which onnxruntime runs.
+
+ONNX knows FFTs, but runtimes do them slowly or not at all. The long convolutions are Monarch matrix products instead,
+whose size follows the length (`MonarchTransform`): O(length^1.5) where an FFT takes O(length log(length)).
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +23,8 @@ from monarch_mixer.filters import ImplicitFilter
 from monarch_mixer.long_convolution import short_convolution
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+ANY = 2**20  # a size that nothing limits; the exporter wants a number
 INSTALL = "pip install 'monarch-mixer-bert[onnx]', or pip install " + " ".join(PACKAGES)
 
 
@@ -28,155 +35,191 @@ def check_installed() -> None:
         raise RecipeError(f"--to onnx needs {', '.join(missing)}: {INSTALL}")
 
 
-class MonarchConvolution(nn.Module):
-    """A long convolution with constant taps, for any length up to theirs, in matrix products alone.
+class MonarchTransform(nn.Module):
+    """The discrete Fourier transform of real sequences, of a size that follows their length, in matrix products alone.
 
-    The discrete Fourier transform of n = p q points is a Monarch matrix of order 2 (paper, section 3.1). Position
-    i q + j goes to frequency k + p m by a DFT over i, one matrix, and then for each k by a matrix over j. p is fixed and
-    q follows the length, so that a short sequence in a long model costs little. Of real inputs half the k suffice.
-    Batch and filter take n (p + 2 q) products a channel each, and the way back the same: O(length^1.5) at the longest.
+    Of n = p q points it is a Monarch matrix of order 2 (paper, section 3.1): position i q + j goes to frequency k + p m
+    by a DFT over i, the same for all j, and then for each k by a matrix over j. p is fixed, q follows the length, so
+    that a short sequence in a long model costs little. Of real inputs half the k suffice: the others are conjugates.
     """
 
-    taps: Tensor
     dft: Tensor
     inverse: Tensor
 
-    def __init__(self, implicit_filter: ImplicitFilter) -> None:
+    def __init__(self, longest: int) -> None:
         super().__init__()
-        self.longest = implicit_filter.max_length
-        with torch.no_grad():
-            forward, backward = implicit_filter(self.longest, False)
-            past = torch.zeros_like(forward) if backward is None else backward
-            taps = torch.cat([past[:-1].flip(0), forward[:1] + implicit_filter.skip, forward[1:]])
-        self.register_buffer("taps", taps)  # (2 * longest - 1, channels), lag -(longest - 1) first
-        self.points = 2 * round(math.sqrt(self.longest))  # p; the products are fewest where p = 2 q
+        self.points = 2 * round(math.sqrt(longest))  # p; even, and 2 q at the longest: the fewest products
         self.rows = self.points // 2 + 1  # of k
         rows, columns = torch.arange(self.rows), torch.arange(self.points)
         angles = (rows[:, None] * columns % self.points).double() * (2 * math.pi / self.points)
-        dft = torch.stack([angles.cos(), -angles.sin()], 1).flatten(0, 1)  # real part and imaginary part of each k
-        # The k that are left out have the conjugates; those of the first and the last are among their own.
+        dft = torch.stack([angles.cos(), -angles.sin()], 1).flatten(0, 1)  # real and imaginary part of each k
+        # The first and the last k have their conjugates among themselves; those of the others are left out.
         counts = torch.full((self.rows,), 2.0, dtype=torch.double)
         counts[0] = counts[-1] = 1
         self.register_buffer("dft", dft.float())
         self.register_buffer("inverse", (dft.t() * counts.repeat_interleave(2)).float())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Filter x (batch, length, channels)."""
-        batch, length, channels = x.shape
-        q = self._columns(length)
-        blocks = self._blocks(q)
-        taps = self.taps[self.longest - length : self.longest + length - 1] / (self.points * q)
-        # Every lag counts from -(length - 1), so the result is that much later; what wraps round falls before it.
-        a, b = self._transform(x, blocks, q), self._transform(taps[None], blocks, q)
-        real, imaginary = b.select(2, 0), b.select(2, 1)
-        y = torch.stack(
-            [a.select(2, 0) * real - a.select(2, 1) * imaginary, a.select(2, 0) * imaginary + a.select(2, 1) * real], 2
-        )
-        y = torch.matmul(blocks.mT, y.view(batch, self.rows, 2 * q, channels))
-        y = torch.matmul(self.inverse, y.view(batch, 2 * self.rows, q * channels))
-        return y.view(batch, self.points * q, channels).index_select(1, torch.arange(length) + (length - 1))
-
-    def _columns(self, length: int) -> int:
-        """Return q: n is at least 2 * length - 1."""
-        # By way of a tensor: the exporter takes the result for a new size, and any, and makes no cases of it.
+    def blocks(self, length: int) -> Tensor:
+        """Return the second factor (rows, 2 q, 2 q), complex matrices as real ones, for n of at least 2 length - 1."""
+        # By way of a tensor: the exporter then takes q for a size of its own, and makes no cases of it.
         q = cast(int, (torch.full((), 2 * length - 2) // self.points + 2).item())
         torch._check(q >= 2)
-        return q
-
-    def _blocks(self, q: int) -> Tensor:
-        """The second factor (rows, 2 q, 2 q): for each k a complex matrix from j to m, as real ones."""
         k, j = torch.arange(self.rows), torch.arange(q)
-        size = torch.full((), self.points * q)  # a tensor, for the exporter has no remainder of a number
-        turns = (k[:, None, None] + self.points * j[:, None]) * j % size
-        angles = turns.float() * (2 * math.pi) / size
+        size = torch.full((), self.points * q)
+        angles = ((k[:, None, None] + self.points * j[:, None]) * j % size).float() * (2 * math.pi) / size
         cosine, sine = angles.cos(), angles.sin()
         return torch.cat([torch.cat([cosine, sine], 2), torch.cat([-sine, cosine], 2)], 1)
 
-    def _transform(self, x: Tensor, blocks: Tensor, q: int) -> Tensor:
-        """The spectrum (batch, rows, 2, q, channels), real and imaginary, of x (batch, length, channels)."""
+    def forward(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """Return the spectrum (batch, rows, 2, q, channels), real and imaginary, of x (batch, length, channels)."""
         batch, length, channels = x.shape
-        # A row of zeros is read for all that is past the end.
+        q = blocks.shape[1] // 2
+        # All that is past the end reads a row of zeros.
         points = F.pad(x, (0, 0, 0, 1)).index_select(1, torch.arange(self.points * q).clamp(max=length))
         y = torch.matmul(self.dft, points.view(batch, self.points, q * channels))
         y = torch.matmul(blocks, y.view(batch, self.rows, 2 * q, channels))
         return y.view(batch, self.rows, 2, q, channels)
 
+    def back(self, spectrum: Tensor, blocks: Tensor) -> Tensor:
+        """Return n times the sequences (batch, n, channels) of a spectrum."""
+        batch, rows, _, q, channels = spectrum.shape
+        y = torch.matmul(blocks.mT, spectrum.view(batch, rows, 2 * q, channels))
+        y = torch.matmul(self.inverse, y.view(batch, 2 * rows, q * channels))
+        return y.view(batch, self.points * q, channels)
+
 
 class ExportableMixer(nn.Module):
     """`MonarchSequenceMixer` with constant filters, in ops that export."""
 
-    def __init__(self, mixer: MonarchSequenceMixer) -> None:
+    taps: Tensor
+
+    def __init__(self, mixer: MonarchSequenceMixer, transform: MonarchTransform) -> None:
         super().__init__()
         self.norm = mixer.norm
         self.input_projection, self.output_projection = mixer.input_projection, mixer.output_projection
         self.short_weight, self.short_bias = mixer.short_weight, mixer.short_bias
-        self.convolution = MonarchConvolution(mixer.filter)
-        self.residual_convolution = None if mixer.residual_filter is None else MonarchConvolution(mixer.residual_filter)
+        self.has_residual = mixer.residual_filter is not None
+        self.longest = mixer.filter.max_length
+        self.transform = transform
+        # (2 * longest - 1, channels), lag -(longest - 1) first; the residual convolution's channels after the gated one's.
+        self.register_buffer("taps", torch.cat([constant_taps(each) for each in mixer.filters()], 1))
 
-    def forward(self, x: Tensor, _taps: Any = None, _cache: bool = True, lengths: Tensor | None = None) -> Tensor:
-        """Mix x (batch, length, channels); `lengths` (batch,) are the real positions where padding is left out."""
+    def forward(self, x: Tensor, blocks: Tensor, padding: Tensor | None) -> Tensor:
+        """Mix x (batch, length, channels); `padding` (batch, length, 1) is true where it is left out."""
         if self.norm is not None:
             x = self.norm(x)
         short = short_convolution(self.input_projection(x), self.short_weight, self.short_bias)
         gate_before, gate_after, value = short.chunk(3, dim=-1)
-        gated = value * gate_before
-        if lengths is not None:
-            padding = torch.arange(x.shape[1])[:, None] >= lengths[:, None, None]
-            gated, x = gated.masked_fill(padding, 0), x.masked_fill(padding, 0)
-        y = self.convolution(gated) * gate_after
-        if self.residual_convolution is not None:
-            y = y + self.residual_convolution(x)
-        return self.output_projection(y)
+        inputs = value * gate_before
+        if self.has_residual:
+            inputs = torch.cat([inputs, x], 2)
+        y = self._convolve(inputs if padding is None else inputs.masked_fill(padding, 0), blocks)
+        if self.has_residual:
+            gated, residual = y.chunk(2, dim=-1)
+            return self.output_projection(gated * gate_after + residual)
+        return self.output_projection(y * gate_after)
+
+    def _convolve(self, x: Tensor, blocks: Tensor) -> Tensor:
+        length = x.shape[1]
+        taps = self.taps.index_select(0, torch.arange(2 * length - 1) + (self.longest - length))
+        a, b = self.transform(x, blocks), self.transform(taps[None], blocks)
+        a_real, a_imaginary, b_real, b_imaginary = a.select(2, 0), a.select(2, 1), b.select(2, 0), b.select(2, 1)
+        product = [a_real * b_real - a_imaginary * b_imaginary, a_real * b_imaginary + a_imaginary * b_real]
+        y = self.transform.back(torch.stack(product, 2), blocks)
+        # Lags count from -(length - 1), so the result comes that much later; what wraps round falls before it.
+        return y.index_select(1, torch.arange(length) + (length - 1)) / y.shape[1]
+
+
+@torch.no_grad()
+def constant_taps(implicit_filter: ImplicitFilter) -> Tensor:
+    """Return a filter's taps (2 * max_length - 1, channels), lag -(max_length - 1) first, lag 0 with the skip weight."""
+    forward, backward = implicit_filter(implicit_filter.max_length, False)
+    past = torch.zeros_like(forward) if backward is None else backward
+    return torch.cat([past[:-1].flip(0), forward[:1] + implicit_filter.skip, forward[1:]])
+
+
+class ExportableEncoder(nn.Module):
+    """`bert.modeling.Encoder` of Monarch mixers, in ops that export; the transform is set up once for all layers."""
+
+    def __init__(self, layers: nn.ModuleList, longest: int) -> None:
+        super().__init__()
+        self.transform = MonarchTransform(longest)
+        self.sequence_mixers = nn.ModuleList(ExportableMixer(each.sequence_mixer, self.transform) for each in layers)
+        self.dimension_mixers = nn.ModuleList(each.dimension_mixer for each in layers)
+
+    def forward(self, hidden: Tensor, lengths: Tensor | None, _output_hidden_states: bool) -> tuple[Tensor, None]:
+        """Encode hidden (batch, length, channels); `lengths` (batch,) are the real positions, or None for all."""
+        length = hidden.shape[1]
+        padding = None if lengths is None else torch.arange(length)[:, None] >= lengths[:, None, None]
+        blocks = self.transform.blocks(length)
+        for sequence_mixer, dimension_mixer in zip(self.sequence_mixers, self.dimension_mixers, strict=True):
+            hidden = dimension_mixer(sequence_mixer(hidden, blocks, padding))
+        return hidden, None
 
 
 class _Graph(nn.Module):
     """What is exported: ids, mask and types to logits."""
 
+    room: Tensor | None
+
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
+        limit = model.config.max_sequence_length
+        self.register_buffer("room", None if limit is None else torch.zeros(limit, dtype=torch.long))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        if self.room is not None:
+            # A graph raises nothing: of a sequence over the limit this reads past the end, which is an error.
+            input_ids = input_ids + self.room.index_select(0, torch.arange(input_ids.shape[1]))
         return cast(Tensor, self.model(input_ids, attention_mask, token_type_ids).logits)
 
 
 def exportable(model: Model) -> Model:
-    """Change a model in place to ops that export, and return it: constant filters, convolutions in place of FFTs."""
-    for layer in cast(Any, model.bert.encoder.layers):
-        if isinstance(layer.sequence_mixer, MonarchSequenceMixer):
-            layer.sequence_mixer = ExportableMixer(layer.sequence_mixer)
+    """Change a model in place to ops that export, and return it: constant filters, and no FFT."""
+    if model.config.monarch_mixer_sequence_mixing:
+        encoder = ExportableEncoder(model.bert.encoder.layers, model.config.long_conv_l_max)
+        model.bert.encoder = cast(Any, encoder)
     return model.requires_grad_(False).eval()
 
 
 def export_onnx(model: Model, path: Path) -> None:
     """Write a model as ONNX, in fp32; the model is used up.
 
-    Inputs: input_ids, attention_mask, token_type_ids, (batch, length) in int64. Output: logits.
+    Inputs: input_ids, attention_mask, token_type_ids, (batch, length) in int64. Output: logits. Of a model with
+    `mask_padding` a zero of the mask before the last one counts as a real token; a length over the model's is an error
+    of the runtime. The taps of all filters are in the file, 4 bytes * 2 * max length * channels each; what goes over
+    1.5 GB goes to a second file beside it, `path` with .data at its end.
 
     Raises:
-        RecipeError: a package is missing, or the model returns no logits.
+        RecipeError: a package is missing, the model returns no logits, or it takes no more than two tokens.
     """
     check_installed()
     if model.config.gather_sentence_embeddings:
         raise RecipeError("--to onnx: a model with gather_sentence_embeddings has no logits")
-    limit = model.config.max_sequence_length or 512
+    limit = model.config.max_sequence_length or ANY
     if limit < 3:
-        raise RecipeError(f"--to onnx: a model of {limit} tokens has no lengths to choose from")
-    batch, length = torch.export.Dim("batch", max=2**20), torch.export.Dim("length", max=limit)
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    shapes = {0: batch, 1: length}
+        raise RecipeError(f"--to onnx: a model of at most {limit} tokens has no lengths to choose from")
+    # Three tensors: one that is given twice would be one input.
+    inputs = tuple(torch.ones(2, 3, dtype=torch.long) for _ in INPUTS)
+    sizes = {0: torch.export.Dim("batch", max=ANY), 1: torch.export.Dim("length", max=limit)}
     with torch.no_grad():
-        torch.onnx.export(
-            _Graph(exportable(model.float())),
-            (ids, torch.ones_like(ids), torch.zeros_like(ids)),
-            str(path),
-            input_names=["input_ids", "attention_mask", "token_type_ids"],
-            output_names=["logits"],
-            dynamic_shapes=(shapes, shapes, shapes),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
+        # Not by torch.onnx.export, which after a failure tries other ways, one of which fixes the sizes.
+        program = torch.export.export(
+            _Graph(exportable(model.float())), inputs, dynamic_shapes=(sizes,) * len(inputs), strict=False
         )
+    # It warns of ops that no model here has.
+    logging.getLogger("torch.onnx._internal.exporter._schemas").setLevel(logging.ERROR)
+    torch.onnx.export(
+        program,
+        f=str(path),
+        input_names=INPUTS,
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch", 1: "length"}, {}, {}),  # their names in the file
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
 
 
 def run_onnx(path: Path, ids: Tensor, mask: Tensor) -> Tensor:
@@ -185,7 +228,7 @@ def run_onnx(path: Path, ids: Tensor, mask: Tensor) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    given = dict(zip(INPUTS, (ids, mask, torch.zeros_like(ids)), strict=True))
     names = {entry.name for entry in session.get_inputs()}
     return torch.from_numpy(
         session.run(None, {name: value.numpy() for name, value in given.items() if name in names})[0]

@@ -23,7 +23,7 @@ from tests.bert.recipe.conftest import _leave_no_trace, data, recipe
 
 __all__ = ["_leave_no_trace", "data", "recipe"]
 
-SECONDS = 120  # no process of these tests may live longer
+SECONDS = 300  # no process of these tests may live longer
 
 
 def _quietly(log: Path, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

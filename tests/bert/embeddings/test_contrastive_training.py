@@ -18,6 +18,7 @@ from bert.data.tokenizer import train_wordpiece
 from bert.embeddings.task import ContrastiveTask
 from bert.errors import DataError, RecipeError
 from bert.modeling import M2BertForMaskedLM
+from bert.recipe.builders import check_config
 from bert.recipe.callbacks import NaNGuard
 from bert.recipe.schema import load_config
 from bert.recipe.train import main, train
@@ -66,6 +67,15 @@ def contrastive(recipe: Callable[..., Path], start: Path, tmp_path: Path) -> lis
         device_train_microbatch_size="auto",
     )
     return [str(path)]
+
+
+@pytest.mark.parametrize("name", ["m2-small", "m2-base-2k"])
+def test_the_recipes_can_be_trained(name: str) -> None:
+    config = load_config(Path(__file__).parents[3] / "yamls" / "embeddings" / f"{name}.yaml")
+    check_config(config)
+    assert config.task == "contrastive" and config.contrastive.checkpoint is not None
+    assert config.model.config["mask_padding"] and config.model.config["long_conv_l_max"] == 2048
+    assert config.device_train_microbatch_size == "auto"  # a smaller one would be refused
 
 
 def logged(folder: Path, event: str = "train") -> list[dict]:
