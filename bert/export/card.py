@@ -29,13 +29,15 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
     head += [f"pipeline_tag: {'fill-mask' if masked else 'text-classification'}", "tags:", "- m2-bert", "---"]
     count = sum(parameter.numel() for parameter in model.parameters())
     mixer = "Monarch Mixer" if config.monarch_mixer_sequence_mixing else "attention baseline"
+    longest = config.max_sequence_length
+    limit = "texts of any length" if longest is None else f"at most {longest} tokens"
     lines = [
         *head,
         "",
         "# M2-BERT",
         "",
-        f"{mixer}, {count:,} parameters, {config.num_hidden_layers} layers of {config.hidden_size}, at most "
-        f"{config.max_sequence_length} tokens (Fu et al., *Monarch Mixer*, NeurIPS 2023, arXiv 2310.12109). Converted "
+        f"{mixer}, {count:,} parameters, {config.num_hidden_layers} layers of {config.hidden_size}, {limit} "
+        f"(Fu et al., *Monarch Mixer*, NeurIPS 2023, arXiv 2310.12109). Converted "
         f"from {origin['source']}.",
         "",
         "```python",
@@ -48,8 +50,8 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
     ]
     if config.monarch_mixer_sequence_mixing and not getattr(config, "mask_padding", False):
         lines += [
-            "**Padding.** This model's mixer processes padding as tokens, so that a result depends on the length that a "
-            'text is padded to: pad as in training (`padding="max_length"` pads to the longest). `pipeline` and '
+            "**Padding.** This model's mixer processes padding as tokens, so that a result depends on the length that "
+            'a text is padded to: pad as in training (`padding="max_length"` pads to the longest). `pipeline` and '
             "sentence-transformers pad to the longest text of a batch unless told otherwise.",
             "",
         ]
