@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from bert import convert
 from bert.checkpoint import load_original, read_state_dict
 from bert.data.tokenizer import train_wordpiece
-from bert.export import onnx
 from bert.export.sources import modeling_source
 
 CASES = {"tiny_a": "mlm", "tiny_b": "classification"}
@@ -147,10 +146,3 @@ def test_the_tokenizer_and_the_card_say_what_is_known(original):
     settings = json.loads((folder / "hf" / "tokenizer_config.json").read_text())
     assert settings["model_max_length"] == 16
     assert run(folder / "hf", folder / "back.pt") == 0
-
-
-def test_onnx_without_its_packages_names_the_command(original, monkeypatch, capsys):
-    folder, _, _ = original
-    monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
-    assert run(folder / "golden.pt", folder / "model.onnx", "--config", folder / "config.json") == 2
-    assert "pip install" in capsys.readouterr().err
