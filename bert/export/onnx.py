@@ -101,7 +101,7 @@ class ExportableMixer(nn.Module):
         self.has_residual = mixer.residual_filter is not None
         self.longest = mixer.filter.max_length
         self.transform = transform
-        # (2 * longest - 1, channels), lag -(longest - 1) first; the residual convolution's channels after the gated one's.
+        # The residual convolution's channels after the gated one's.
         self.register_buffer("taps", torch.cat([constant_taps(each) for each in mixer.filters()], 1))
 
     def forward(self, x: Tensor, blocks: Tensor, padding: Tensor | None) -> Tensor:
@@ -132,7 +132,7 @@ class ExportableMixer(nn.Module):
 
 @torch.no_grad()
 def constant_taps(implicit_filter: ImplicitFilter) -> Tensor:
-    """Return a filter's taps (2 * max_length - 1, channels), lag -(max_length - 1) first, lag 0 with the skip weight."""
+    """Return a filter's taps (2 * max_length - 1, channels): lag -(max_length - 1) first; lag 0 has the skip weight."""
     forward, backward = implicit_filter(implicit_filter.max_length, False)
     past = torch.zeros_like(forward) if backward is None else backward
     return torch.cat([past[:-1].flip(0), forward[:1] + implicit_filter.skip, forward[1:]])

@@ -11,7 +11,6 @@ from bert.checkpoint import load_original, read_state_dict, to_original
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import train_wordpiece
 from bert.errors import CheckpointError
-from bert.export import onnx
 from bert.export.folder import load_exported
 from bert.export.sources import modeling_source
 from bert.glue.model import Start, build_classifier, save_finetuned
@@ -384,10 +383,3 @@ def test_the_tokenizer_and_the_card_say_what_is_known(original):
     settings = json.loads((folder / "hf" / "tokenizer_config.json").read_text())
     assert settings["model_max_length"] == 16
     assert run(folder / "hf", folder / "back.pt") == 0
-
-
-def test_onnx_without_its_packages_names_the_command(original, monkeypatch, capsys):
-    folder, _, _ = original
-    monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
-    assert run(folder / "golden.pt", folder / "model.onnx", "--config", folder / "config.json") == 2
-    assert "pip install" in capsys.readouterr().err
