@@ -216,6 +216,11 @@ def _put_in_place(temporary: Path, destination: Path) -> None:
     folder first, and whoever is killed between the two renamings finds both there, whole.
     """
     if not destination.is_dir():
+        if companions := [path for path in temporary.parent.iterdir() if path != temporary]:
+            # A second file, of a large ONNX model: the first is not to be read with another's.
+            destination.unlink(missing_ok=True)
+        for path in companions:
+            os.replace(path, destination.parent / path.name)
         os.replace(temporary, destination)
         return
     old = temporary.with_name(f"{temporary.name}.old")

@@ -206,7 +206,7 @@ def export_onnx(model: Model, path: Path) -> None:
     with torch.no_grad():
         # Not by torch.onnx.export, which after a failure tries other ways, one of which fixes the sizes.
         program = torch.export.export(
-            _Graph(exportable(model.float())), inputs, dynamic_shapes=(sizes,) * len(inputs), strict=False
+            _Graph(exportable(model.float())), inputs, dynamic_shapes=[sizes] * len(inputs), strict=False
         )
     # It warns of ops that no model here has.
     logging.getLogger("torch.onnx._internal.exporter._schemas").setLevel(logging.ERROR)
