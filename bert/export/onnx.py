@@ -205,9 +205,8 @@ def export_onnx(model: Model, path: Path) -> None:
     sizes = {0: torch.export.Dim("batch", max=ANY), 1: torch.export.Dim("length", max=limit)}
     with torch.no_grad():
         # Not by torch.onnx.export, which after a failure tries other ways, one of which fixes the sizes.
-        program = torch.export.export(
-            _Graph(exportable(model.float())), inputs, dynamic_shapes=(sizes,) * len(inputs), strict=False
-        )
+        graph = _Graph(exportable(model.float()))
+        program = torch.export.export(graph, inputs, dynamic_shapes=dict.fromkeys(INPUTS, sizes), strict=False)
     # It warns of ops that no model here has.
     logging.getLogger("torch.onnx._internal.exporter._schemas").setLevel(logging.ERROR)
     torch.onnx.export(
@@ -228,8 +227,5 @@ def run_onnx(path: Path, ids: Tensor, mask: Tensor) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    given = dict(zip(INPUTS, (ids, mask, torch.zeros_like(ids)), strict=True))
-    names = {entry.name for entry in session.get_inputs()}
-    return torch.from_numpy(
-        session.run(None, {name: value.numpy() for name, value in given.items() if name in names})[0]
-    )
+    given = zip(INPUTS, (ids, mask, torch.zeros_like(ids)), strict=True)
+    return torch.from_numpy(session.run(["logits"], {name: value.numpy() for name, value in given})[0])
