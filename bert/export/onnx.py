@@ -62,11 +62,12 @@ class MonarchTransform(nn.Module):
     def blocks(self, length: int) -> Tensor:
         """Return the second factor (rows, 2 q, 2 q), complex matrices as real ones, for n of at least 2 length - 1."""
         # By way of a tensor: the exporter then takes q for a size of its own, and makes no cases of it.
-        q = cast(int, (torch.full((), 2 * length - 2) // self.points + 2).item())
+        q = cast(int, (torch.full((), 2 * length - 2, dtype=torch.long) // self.points + 2).item())
         torch._check(q >= 2)
         k, j = torch.arange(self.rows), torch.arange(q)
-        size = torch.full((), self.points * q)
-        angles = ((k[:, None, None] + self.points * j[:, None]) * j % size).float() * (2 * math.pi) / size
+        size = torch.full((), self.points * q, dtype=torch.long)
+        turns = (k[:, None, None] + self.points * j[:, None]) * j % size
+        angles = turns.float() / size.float() * (2 * math.pi)
         cosine, sine = angles.cos(), angles.sin()
         return torch.cat([torch.cat([cosine, sine], 2), torch.cat([-sine, cosine], 2)], 1)
 
@@ -81,11 +82,11 @@ class MonarchTransform(nn.Module):
         return y.view(batch, self.rows, 2, q, channels)
 
     def back(self, spectrum: Tensor, blocks: Tensor) -> Tensor:
-        """Return n times the sequences (batch, n, channels) of a spectrum."""
+        """Return the sequences (batch, n, channels) of a spectrum."""
         batch, rows, _, q, channels = spectrum.shape
         y = torch.matmul(blocks.mT, spectrum.view(batch, rows, 2 * q, channels))
         y = torch.matmul(self.inverse, y.view(batch, 2 * rows, q * channels))
-        return y.view(batch, self.points * q, channels)
+        return y.view(batch, self.points * q, channels) / torch.full((), self.points * q, dtype=torch.float)
 
 
 class ExportableMixer(nn.Module):
@@ -127,7 +128,7 @@ class ExportableMixer(nn.Module):
         product = [a_real * b_real - a_imaginary * b_imaginary, a_real * b_imaginary + a_imaginary * b_real]
         y = self.transform.back(torch.stack(product, 2), blocks)
         # Lags count from -(length - 1), so the result comes that much later; what wraps round falls before it.
-        return y.index_select(1, torch.arange(length) + (length - 1)) / y.shape[1]
+        return y.index_select(1, torch.arange(length) + (length - 1))
 
 
 @torch.no_grad()
