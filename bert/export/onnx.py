@@ -62,11 +62,12 @@ class MonarchTransform(nn.Module):
     def blocks(self, length: int) -> Tensor:
         """Return the second factor (rows, 2 q, 2 q), complex matrices as real ones, for n of at least 2 length - 1."""
         # By way of a tensor: the exporter then takes q for a size of its own, and makes no cases of it.
-        q = cast(int, (torch.full((), 2 * length - 2) // self.points + 2).item())
+        q = cast(int, (torch.full((), 2 * length - 2, dtype=torch.long) // self.points + 2).item())
         torch._check(q >= 2)
         k, j = torch.arange(self.rows), torch.arange(q)
-        size = torch.full((), self.points * q)
-        angles = ((k[:, None, None] + self.points * j[:, None]) * j % size).float() * (2 * math.pi) / size
+        size = torch.full((), self.points * q, dtype=torch.long)
+        turns = (k[:, None, None] + self.points * j[:, None]) * j % size
+        angles = turns.float() / size.float() * (2 * math.pi)
         cosine, sine = angles.cos(), angles.sin()
         return torch.cat([torch.cat([cosine, sine], 2), torch.cat([-sine, cosine], 2)], 1)
 
@@ -81,11 +82,11 @@ class MonarchTransform(nn.Module):
         return y.view(batch, self.rows, 2, q, channels)
 
     def back(self, spectrum: Tensor, blocks: Tensor) -> Tensor:
-        """Return n times the sequences (batch, n, channels) of a spectrum."""
+        """Return the sequences (batch, n, channels) of a spectrum."""
         batch, rows, _, q, channels = spectrum.shape
         y = torch.matmul(blocks.mT, spectrum.view(batch, rows, 2 * q, channels))
         y = torch.matmul(self.inverse, y.view(batch, 2 * rows, q * channels))
-        return y.view(batch, self.points * q, channels)
+        return y.view(batch, self.points * q, channels) / torch.full((), self.points * q, dtype=torch.float)
 
 
 class ExportableMixer(nn.Module):
@@ -127,7 +128,7 @@ class ExportableMixer(nn.Module):
         product = [a_real * b_real - a_imaginary * b_imaginary, a_real * b_imaginary + a_imaginary * b_real]
         y = self.transform.back(torch.stack(product, 2), blocks)
         # Lags count from -(length - 1), so the result comes that much later; what wraps round falls before it.
-        return y.index_select(1, torch.arange(length) + (length - 1)) / y.shape[1]
+        return y.index_select(1, torch.arange(length) + (length - 1))
 
 
 @torch.no_grad()
@@ -205,9 +206,14 @@ def export_onnx(model: Model, path: Path) -> None:
     sizes = {0: torch.export.Dim("batch", max=ANY), 1: torch.export.Dim("length", max=limit)}
     with torch.no_grad():
         # Not by torch.onnx.export, which after a failure tries other ways, one of which fixes the sizes.
+<<<<<<< HEAD
         program = torch.export.export(
             _Graph(exportable(model.float())), inputs, dynamic_shapes=[sizes] * len(inputs), strict=False
         )
+=======
+        graph = _Graph(exportable(model.float()))
+        program = torch.export.export(graph, inputs, dynamic_shapes=dict.fromkeys(INPUTS, sizes), strict=False)
+>>>>>>> onnx
     # It warns of ops that no model here has.
     logging.getLogger("torch.onnx._internal.exporter._schemas").setLevel(logging.ERROR)
     torch.onnx.export(
@@ -228,8 +234,5 @@ def run_onnx(path: Path, ids: Tensor, mask: Tensor) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    given = dict(zip(INPUTS, (ids, mask, torch.zeros_like(ids)), strict=True))
-    names = {entry.name for entry in session.get_inputs()}
-    return torch.from_numpy(
-        session.run(None, {name: value.numpy() for name, value in given.items() if name in names})[0]
-    )
+    given = zip(INPUTS, (ids, mask, torch.zeros_like(ids)), strict=True)
+    return torch.from_numpy(session.run(["logits"], {name: value.numpy() for name, value in given})[0])
