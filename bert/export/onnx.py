@@ -206,14 +206,8 @@ def export_onnx(model: Model, path: Path) -> None:
     sizes = {0: torch.export.Dim("batch", max=ANY), 1: torch.export.Dim("length", max=limit)}
     with torch.no_grad():
         # Not by torch.onnx.export, which after a failure tries other ways, one of which fixes the sizes.
-<<<<<<< HEAD
-        program = torch.export.export(
-            _Graph(exportable(model.float())), inputs, dynamic_shapes=[sizes] * len(inputs), strict=False
-        )
-=======
         graph = _Graph(exportable(model.float()))
         program = torch.export.export(graph, inputs, dynamic_shapes=dict.fromkeys(INPUTS, sizes), strict=False)
->>>>>>> onnx
     # It warns of ops that no model here has.
     logging.getLogger("torch.onnx._internal.exporter._schemas").setLevel(logging.ERROR)
     torch.onnx.export(
