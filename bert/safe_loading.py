@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import errno
 import io
 import os
 import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,12 +44,16 @@ _STORAGE_WIDTHS = {"Untyped": 1, "Byte": 1, "Char": 1, "Bool": 1, "Short": 2, "H
 _CONTAINERS = {"OrderedDict": collections.OrderedDict, "Counter": collections.Counter}
 
 
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint that asks to run code, which damage alone does not."""
+
+
 @contextlib.contextmanager
 def safe_loading() -> Iterator[None]:
     """While this is open, no `torch.load` of this process runs code that a file brings, Composer's included.
 
     Composer 0.32 loads with weights_only=False, which executes whatever a hostile checkpoint says; torch lets the
-    environment overrule it. Sharded FSDP checkpoints (a folder) are read by torch.distributed and are not covered.
+    environment overrule it. The metadata of sharded checkpoints is not covered: see `check_sharded`.
 
     Raises:
         CheckpointError: from within: the file asks for more than tensors, plain values, times and numpy arrays.
@@ -86,7 +92,8 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: {_reason(error)}") from error
+        kind = UnsafeCheckpointError if "GLOBAL" in str(error) else CheckpointError
+        raise kind(f"{path} is refused: {_reason(error)}") from error
     except (
         OSError,
         RuntimeError,
@@ -99,6 +106,7 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> Any:
         AssertionError,
         struct.error,
         zipfile.BadZipFile,
+        zlib.error,
         SafetensorError,
     ) as error:
         if isinstance(error, CheckpointError):
@@ -142,18 +150,21 @@ def _check_archive(path: str | os.PathLike[str]) -> None:
             raise CheckpointError(
                 f"{path} is refused: its parts are compressed, or larger than the file; torch saves neither"
             )
-        if len(entries) != len(archive.infolist()):
+        # Torch's reader takes capitals and small letters for the same, and counts from the beginning of the file.
+        if len({name.lower() for name in entries}) != len(archive.infolist()):
             raise CheckpointError(f"{path} is refused: it has two parts of one name")
-        pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise CheckpointError(f"{path} is not a whole checkpoint file: it has {len(pickles)} parts data.pkl")
-        folder = pickles[0].removesuffix("data.pkl")
+        if not entries or min(entry.header_offset for entry in entries.values()) != 0:
+            raise CheckpointError(f"{path} is refused: its archive does not begin where the file does")
+        folders = {name.partition("/")[0] + "/" for name in entries}
+        folder = folders.pop()
+        if folders or f"{folder}data.pkl" not in entries:
+            raise CheckpointError(f"{path} is not a whole checkpoint file: it is no one folder with a data.pkl")
         sizes = {
             name.removeprefix(f"{folder}data/"): entry.file_size
             for name, entry in entries.items()
             if name.startswith(f"{folder}data/")
         }
-        _InertUnpickler(archive.read(pickles[0]), sizes).load()
+        _InertUnpickler(archive.read(f"{folder}data.pkl"), sizes).load()
 
 
 class _Inert:
@@ -220,11 +231,71 @@ def is_torn(path: str | os.PathLike[str]) -> bool:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is not None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):
-        return True
+            if archive.testzip() is not None:
+                return True
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if error.errno != errno.EINVAL:  # a damaged directory's offsets
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return True
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, LookupError):
+        return True
+    # The directory of the archive has no checksum; neither zipfile nor torch notices every damage of it.
+    try:
+        load_checkpoint_file(path)
+    except UnsafeCheckpointError:
+        raise
+    except CheckpointError:
+        return True
+    return False
+
+
+# What the metadata of a sharded checkpoint is made of (torch.distributed.checkpoint, Composer 0.32, torch 2.6 to 2.11).
+_SHARDED_NAMES = {
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata.Metadata",
+    "torch.distributed.checkpoint.metadata.MetadataIndex",
+    "torch.distributed.checkpoint.metadata.StorageMeta",
+    "torch.distributed.checkpoint.metadata.TensorProperties",
+    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.distributed.checkpoint.filesystem._StoragePrefix",
+    "torch.Size",
+    "torch.serialization._get_layout",
+    "pathlib.PosixPath",
+    "collections.OrderedDict",
+}
+
+
+class _ShardedUnpickler(_InertUnpickler):
+    """Walk through the metadata of a sharded checkpoint, which torch unpickles without a limit."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class that does nothing for what such metadata are made of.
+
+        Raises:
+            pickle.UnpicklingError: something else is asked for.
+        """
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if f"{module}.{name}" in _SHARDED_NAMES or is_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+def check_sharded(folder: str | os.PathLike[str]) -> None:
+    """Look at what torch.distributed unpickles of a sharded checkpoint, a folder.
+
+    Raises:
+        CheckpointError: it would run code, or is damaged.
+    """
+    for path in sorted(Path(folder).rglob(".metadata")):
+        try:
+            _ShardedUnpickler(path.read_bytes(), {}).load()
+        except pickle.UnpicklingError as error:
+            raise UnsafeCheckpointError(f"{path} is refused: {_reason(error)}") from error
+        except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
+            raise CheckpointError(f"{path} is not the metadata of a checkpoint: {error}") from error
 
 
 def _reason(error: Exception) -> str:

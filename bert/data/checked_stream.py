@@ -168,6 +168,9 @@ def _check_shard(shard: Reader) -> None:
             raise DataError(f"a file of {info.bytes!r} bytes")
         if not isinstance(info.basename, str) or not _stays_inside(info.basename):
             raise DataError(f"the file {info.basename!r}, which is not inside the dataset's folder")
+    (raw, _), *_ = shard.file_pairs
+    if 4 * (shard.samples + 2) > raw.bytes:  # an MDS shard begins with their number and where each begins and ends
+        raise DataError(f"a shard of {shard.samples:,} samples in {raw.bytes:,} bytes")
 
 
 def _spare_raw_file(shard: Any) -> None:

@@ -113,8 +113,8 @@ class StreamingTextDataset(StreamingDataset):
             self._shard_states[shard_id] = _ShardState.REMOTE
             self.prepare_shard(shard_id)
             data = self._mapped(shard, stream.validate_hash)
-        begin, end = np.frombuffer(data, np.uint32, 2, 4 * (1 + index))  # the file starts with its count
         try:
+            begin, end = np.frombuffer(data, np.uint32, 2, 4 * (1 + index))  # the file starts with its count
             return shard.decode_sample(data[begin:end])[COLUMN]
         except ValueError as error:
             raise DataError(f"sample {index} of '{_raw_file(shard)}' cannot be read: {error}") from error

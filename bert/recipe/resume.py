@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from composer.utils import format_name_with_dist, is_tar
 from torch import nn
 
 from bert.errors import CheckpointError, RecipeError
 from bert.recipe.callbacks import RecipeRecord, check_record, differences
-from bert.recipe.schema import TrainConfig
-from bert.safe_loading import is_torn, load_checkpoint_file
+from bert.recipe.schema import TrainConfig, read_plain_yaml
+from bert.safe_loading import check_sharded, is_torn, load_checkpoint_file
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any], model: nn
     Where only the weights are taken over, dropout and the like may differ; the tokenizer may not.
 
     Args:
-        start: the checkpoint; a folder (sharded FSDP) is left to Composer.
+        start: the checkpoint; of a folder (sharded FSDP) only what torch would unpickle is looked at.
         current: this run's record (see `RecipeRecord`).
         model: this run's; where only the weights are taken over, their shapes are compared with its own.
 
@@ -159,23 +158,29 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any], model: nn
         CheckpointError: the file is unreadable, unsafe, or another model's or tokenizer's.
     """
     if start.path.is_dir():
+        check_sharded(start.path)
         return
     content = load_checkpoint_file(start.path)
     try:
-        callbacks = content["state"].get("callbacks", {})
+        stored = content["state"].get("callbacks", {}).get(RecipeRecord.__qualname__)
+        if start.weights_only and model is not None:
+            _check_shapes(start.path, content["state"].get("model") or {}, model)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{start.path} is not a Composer checkpoint: it has no training state") from error
-    if start.weights_only and model is not None:
-        _check_shapes(start.path, content["state"].get("model") or {}, model)
-    stored = callbacks.get(RecipeRecord.__qualname__)
     if stored is None:
         return
-    record = json.loads(stored["record"])
+    try:
+        record = json.loads(stored["record"])
+        recipe = read_plain_yaml(record["recipe"])
+        if not isinstance(record.get("model"), dict) or not isinstance(recipe, dict):
+            raise ValueError("its model or its recipe is no section")
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{start.path}: its record of what made it cannot be read ({error!r})") from error
     if start.weights_only:
         check_record({**record, "model": current["model"]}, current, str(start.path))
         return
     check_record(record, current, str(start.path))
-    changes = differences(yaml.safe_load(record["recipe"]), yaml.safe_load(current["recipe"]), "then", "now")
+    changes = differences(recipe, read_plain_yaml(current["recipe"]), "then", "now")
     if changes:
         log.warning(
             "going on from %s, which other settings made (the optimizer's own are kept as they were): %s",

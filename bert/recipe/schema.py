@@ -165,6 +165,9 @@ def to_dataclass(cls: type[Config], values: dict[str, Any], where: str) -> Confi
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
         raise RecipeError(f"{where}: '{error.full_key}': {_first_line(error)}") from error
+    except TypeError as error:  # a list where a section may stand; OmegaConf does not say where
+        lists = ", ".join(key for key, value in values.items() if isinstance(value, list))
+        raise RecipeError(f"{where}: a list stands where a section belongs ({lists}): {error}") from error
     assert isinstance(config, cls)
     return config
 
@@ -194,6 +197,19 @@ def _read_yaml(path: Path, readers: tuple[Path, ...], folder: Path) -> DictConfi
     inherited = OmegaConf.merge(_read_yaml(path.parent / str(base), (*readers, path.resolve()), folder), values)
     assert isinstance(inherited, DictConfig)
     return inherited
+
+
+def read_plain_yaml(text: str) -> Any:
+    """Read YAML that nobody vouches for, into plain values.
+
+    Raises:
+        ValueError: it is no YAML, or its aliases multiply.
+    """
+    try:
+        _check_expansion(yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"it is no YAML: {error}") from error
 
 
 def _check_expansion(root: yaml.Node | None) -> None:

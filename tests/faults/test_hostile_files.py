@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import pickle
 import resource
+import shutil
 import struct
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from streaming import MDSWriter
 
 from bert.convert import read_source
@@ -23,7 +26,7 @@ from bert.data.tokenizer import load_tokenizer, train_wordpiece
 from bert.errors import CheckpointError, DataError, RecipeError
 from bert.recipe.schema import load_config
 from bert.recipe.train import main
-from bert.safe_loading import load_checkpoint_file
+from bert.safe_loading import check_sharded, load_checkpoint_file
 from bert.trained import load_trained, open_model
 from tests.bert.recipe.conftest import SEQ_LEN, write_split
 
@@ -93,6 +96,72 @@ def test_what_torch_would_believe_of_a_pickle_is_looked_at(
     assert torch.equal(load_checkpoint_file(tmp_path / "good.pt"), torch.zeros(4))
     with pytest.raises(CheckpointError, match=reason):
         load_checkpoint_file(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("clean_first", [True, False])
+def test_a_second_pickle_under_the_same_name_in_capitals_is_refused(tmp_path: Path, clean_first: bool) -> None:
+    """Torch's reader of archives takes capitals for small letters; the pickle looked at must be the one read."""
+    torch.save(torch.zeros(4), tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "bad.pt", "w") as bad:
+        for name in good.namelist():
+            content = good.read(name)
+            if not name.endswith("data.pkl"):
+                bad.writestr(name, content)
+                continue
+            pair = [(name, content), (name.replace("data.pkl", "DATA.PKL"), content[:-1] + ITEM_IN_A_TENSOR)]
+            for entry in pair if clean_first else pair[::-1]:
+                bad.writestr(*entry)
+    with pytest.raises(CheckpointError, match="two parts of one name"):
+        load_checkpoint_file(tmp_path / "bad.pt")
+
+
+def test_an_archive_that_begins_within_the_file_is_refused(tmp_path: Path) -> None:
+    """Zipfile would count from there, torch from the beginning of the file: they would read different parts."""
+    torch.save(torch.zeros(4), tmp_path / "good.pt")
+    (tmp_path / "bad.pt").write_bytes(bytes(64) + (tmp_path / "good.pt").read_bytes())
+    assert zipfile.is_zipfile(tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match="does not begin where the file does"):
+        load_checkpoint_file(tmp_path / "bad.pt")
+
+
+def test_the_metadata_of_a_sharded_checkpoint_are_looked_at(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {"model": {"weight": torch.zeros(4, 4), "half": torch.ones(3).bfloat16()}, "rng": [1, "x"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.distributed.checkpoint.save(content, checkpoint_id=tmp_path / "good", no_dist=True)
+    check_sharded(tmp_path / "good")
+    trace = tmp_path / "trace"
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    (tmp_path / "bad" / ".metadata").write_bytes(pickle.dumps(Bomb(trace)))
+    assert main([str(recipe()), f"load_path={tmp_path}/bad"]) == 2
+    assert "reading it would run code" in capsys.readouterr().err and not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{",
+        "[]",
+        '{"model": {}}',
+        '{"model": [], "recipe": "a: 1"}',
+        '{"model": {}, "recipe": "a: [b"}',
+        "ALIASES",
+        None,
+    ],
+)
+def test_a_record_in_a_checkpoint_is_read_or_refused(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], record: str | None
+) -> None:
+    if record == "ALIASES":
+        lines = ["a0: &a0 [1,1,1,1,1,1,1,1,1]"]
+        lines += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+        record = json.dumps({"model": {}, "recipe": "\n".join(lines)})
+    callbacks = {"RecipeRecord": {} if record is None else {"record": record}}
+    torch.save({"state": {"model": {}, "callbacks": callbacks}, "rng": []}, tmp_path / "bad.pt")
+    assert main([str(recipe()), f"load_path={tmp_path}/bad.pt"]) == 2
+    assert "its record of what made it cannot be read" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_unpacks_to_more_than_itself_is_refused(tmp_path: Path) -> None:
@@ -234,6 +303,7 @@ def edit_index(folder: Path, **changes: object) -> None:
         ({"bytes": -1}, "a file of"),
         ({"samples": 1 << 60}, "a shard of"),
         ({"samples": -5}, "a shard of"),
+        ({"samples": 200_000_000}, "a shard of 200,000,000 samples in"),
         ({"column_encodings": ["pkl"]}, "unsafe type"),
         ({"column_encodings": ["ndarray:uint32"]}, "holds ndarray:uint32"),
         ({"format": "exe"}, "is not the index"),

@@ -18,6 +18,7 @@ from bert.data.prepare import main as prepare_main
 from bert.data.streaming_text import build_data_spec
 from bert.errors import DataError
 from bert.recipe.train import main
+from bert.safe_loading import is_torn, load_checkpoint_file
 from tests.bert.recipe.conftest import SEQ_LEN, write_split
 from tests.faults.conftest import Child, assert_same, final_state, losses
 from tests.faults.object_store import ObjectStore, serving
@@ -41,6 +42,30 @@ def whole(tmp_path: Path) -> Path:
 
 def shard(folder: Path, number: int = 3) -> Path:
     return sorted((folder / "train").glob("*.mds"))[number]
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.faults)])
+def test_a_bit_of_a_checkpoint_flipped_anywhere_is_seen_or_does_no_harm(tmp_path: Path, stride: int) -> None:
+    """Contents have checksums, the directory at the file's end has none; nor does every reader notice each damage."""
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"state": {"a": torch.arange(8.0), "b": torch.ones(3, 2)}, "rng": [1, 2.5]}, path)
+    whole, good = path.read_bytes(), load_checkpoint_file(path)
+    harmless = 0
+    for bit in range(0, 8 * len(whole), stride):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        if is_torn(path):
+            continue
+        harmless += 1
+        assert_same(load_checkpoint_file(path), good, f"bit {bit}")
+    assert harmless < 8 * len(whole) // stride * 3 // 4
+    for length in range(0, len(whole), 8 * stride + 5):
+        path.write_bytes(whole[:length])
+        assert is_torn(path)
 
 
 # The disk
