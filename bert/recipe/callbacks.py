@@ -94,7 +94,9 @@ class NaNGuard(Callback):
         if dist.get_global_rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = {"batch": state.timestamp.batch.value, "reason": what, "sample_ids": by_rank}
-            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
         ids = [number for rank in by_rank for number in rank]
         shown = ", ".join(map(str, ids[:_IDS_SHOWN])) + (", ..." if len(ids) > _IDS_SHOWN else "")
         return f"; its {len(ids)} samples are {shown} ({path})"
