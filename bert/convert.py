@@ -26,7 +26,7 @@ from bert.export import onnx
 from bert.export.folder import MODELING_FILE, difference, load_exported, write_folder
 from bert.modeling import M2BertForMaskedLM
 from bert.safe_loading import load_checkpoint_file
-from bert.trained import LATEST_NAME, WEIGHT_FILES, folder_pooling, has_record, load_trained
+from bert.trained import LATEST_NAME, WEIGHT_FILES, check_vocabulary, folder_pooling, has_record, load_trained
 
 FORMATS = ("huggingface", "original", "onnx")
 SUFFIXES = {".pt": "original", ".onnx": "onnx"}
@@ -66,7 +66,8 @@ def read_source(
         tokenizer: name or path of the tokenizer; None: the source's own.
 
     Raises:
-        RecipeError: there is no such source, it would run code, or a name or shape does not fit.
+        RecipeError: there is no such source, it would run code, a name or shape does not fit, or the tokenizer named
+            has more entries than the model.
     """
     found = _read(path, config_file, task, tokenizer)
     found.files = [path, *(path / name for name in (LATEST_NAME, "config.json", *WEIGHT_FILES))]
@@ -87,7 +88,7 @@ def _read(path: Path, config_file: Path | None, task: str | None, tokenizer: str
             config = {} if config_file is None else read_config(config_file)
             found = Source(load_any(file, config, task, str(file)), origin={"source": "an original M2 checkpoint"})
     if tokenizer is not None:
-        load_tokenizer(tokenizer)
+        check_vocabulary(load_tokenizer(tokenizer), found.model.config.vocab_size)
         found.tokenizer_name = tokenizer
     return found
 
@@ -266,6 +267,8 @@ def _write(source: Source, path: Path, to: str) -> None:
     if to == "huggingface":
         path.mkdir()
         tokenizer = None if source.tokenizer_name is None else load_tokenizer(source.tokenizer_name)
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, source.model.config.vocab_size)
         write_folder(path, source.model, tokenizer, pooling=source.pooling, origin=source.origin)
     elif to == "original":
         save_original(source.model, path)

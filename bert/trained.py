@@ -142,7 +142,7 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
 
     Raises:
         CheckpointError: there is nothing of the kind, it cannot be read without running code, or does not fit.
-        DataError: the tokenizer is not there, or is another one.
+        DataError: the tokenizer is not there, is another one, or has more entries than the model.
     """
     place = Path(path)
     if place.is_dir() and not (place / LATEST_NAME).exists() and (place / "config.json").is_file():
@@ -150,7 +150,8 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
         if file is None:
             raise CheckpointError(f"{place} has a config.json, but none of {', '.join(WEIGHT_FILES)}")
         about = {"pooling": folder_pooling(place)}
-        return OpenedModel(_from_folder(place, file), _tokenizer_of(tokenizer, place), about, file)
+        network = _from_folder(place, file)
+        return OpenedModel(network, _tokenizer_of(tokenizer, place, network.config.vocab_size), about, file)
     file = place / LATEST_NAME if place.is_dir() else place
     if place.is_dir() and not file.exists():
         raise CheckpointError(f"{place} holds no model: neither {LATEST_NAME} (a run) nor config.json (Hugging Face)")
@@ -158,9 +159,11 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
         beside = file.with_name("config.json")
         original = load_original(file, read_config(beside) if beside.is_file() else {}, "mlm")
         assert isinstance(original, M2BertForMaskedLM)
-        return OpenedModel(original, _tokenizer_of(tokenizer, file.parent), {}, file)
+        return OpenedModel(original, _tokenizer_of(tokenizer, file.parent, original.config.vocab_size), {}, file)
     trained = load_trained(file)
-    return OpenedModel(trained.model.model.eval(), trained.tokenizer(tokenizer), trained.record, file)
+    found = trained.tokenizer(tokenizer)
+    check_vocabulary(found, trained.model.model.config.vocab_size)
+    return OpenedModel(trained.model.model.eval(), found, trained.record, file)
 
 
 def folder_pooling(folder: Path) -> str:
@@ -213,11 +216,26 @@ def _complete_tie(weights: dict[str, Tensor], first: str, second: str, file: Pat
             weights.setdefault(name, weights[other])
 
 
-def _tokenizer_of(name_or_path: str | None, folder: Path) -> PreTrainedTokenizerFast:
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """Refuse a tokenizer whose ids a model has no embeddings for.
+
+    Raises:
+        DataError: it has more entries than the model's vocabulary (`vocab_size`).
+    """
+    if len(tokenizer) > vocab_size:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer):,} entries, the model's vocab_size is "
+            f"{vocab_size:,}: it is not the model's own; name that with --tokenizer"
+        )
+
+
+def _tokenizer_of(name_or_path: str | None, folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     if name_or_path is None:
         if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt")):
             raise DataError(
                 f"{folder} holds no tokenizer: name it with --tokenizer (the published models: bert-base-uncased)"
             )
         name_or_path = str(folder)
-    return load_tokenizer(name_or_path)
+    tokenizer = load_tokenizer(name_or_path)
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer

@@ -433,3 +433,18 @@ def test_the_tokenizer_and_the_card_say_what_is_known(original):
     settings = json.loads((folder / "hf" / "tokenizer_config.json").read_text())
     assert settings["model_max_length"] == 16
     assert run(folder / "hf", folder / "back.pt") == 0
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(finetuned, tmp_path, capsys):
+    file, _ = finetuned()
+    words = " ".join(f"{a}{b}" for a in "abcdefgh" for b in "abcdefgh")
+    large = train_wordpiece([words] * 20, 60)
+    large.save_pretrained(tmp_path / "large")
+    message = f"has {len(large)} entries, the model's vocab_size is 40"
+    assert run(file, tmp_path / "hf", "--tokenizer", tmp_path / "large") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "hf").exists()
+    # And one that lies in the source's folder is not passed on.
+    assert run(file, tmp_path / "hf") == 0
+    large.save_pretrained(tmp_path / "hf")
+    assert run(tmp_path / "hf", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
 from bert import extend_context
+from bert.checkpoint import to_original
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import train_wordpiece
-from bert.errors import CheckpointError
+from bert.errors import CheckpointError, DataError
 from bert.glue.model import Start
 from bert.modeling import M2BertForMaskedLM
 from bert.trained import open_model
@@ -111,3 +112,24 @@ def test_folders_that_lead_elsewhere_are_refused_where_transformers_loads(folder
     change_config(folder, **changes)
     assert extend_context.main([str(folder), "20", "--out", str(tmp_path / "out")]) == 2
     assert f"config.json is refused: its {key}" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [BertConfig(**SIZES), M2BertConfig(**SIZES, **MONARCH)], ids=["bert", "m2"])
+def test_a_tokenizer_larger_than_the_model_is_refused(folders, tmp_path, config):
+    kind = BertForMaskedLM if isinstance(config, BertConfig) else M2BertForMaskedLM
+    folder, model = folders(kind, config)
+    words = " ".join(f"{a}{b}" for a in "abcdefgh" for b in "abcdefgh")
+    large = train_wordpiece([words] * 20, 90)
+    large.save_pretrained(tmp_path / "large")
+    places = [folder]
+    if kind is M2BertForMaskedLM:
+        places.append(folder / "original.pt")
+        torch.save({name: value.clone() for name, value in to_original(model).items()}, places[-1])
+    message = f"has {len(large)} entries, the model's vocab_size is 64"
+    for place in places:
+        with pytest.raises(DataError, match=message):
+            open_model(place, str(tmp_path / "large"))
+        open_model(place)
+    large.save_pretrained(folder)
+    with pytest.raises(DataError, match=message):
+        open_model(folder)
