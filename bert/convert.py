@@ -23,10 +23,10 @@ from bert.data.tokenizer import load_tokenizer
 from bert.errors import CheckpointError, DataError, RecipeError, storage_failure
 from bert.exact_loading import checked_weights
 from bert.export import onnx
-from bert.export.folder import difference, load_exported, write_folder
+from bert.export.folder import MODELING_FILE, difference, load_exported, write_folder
 from bert.modeling import M2BertForMaskedLM
 from bert.safe_loading import load_checkpoint_file
-from bert.trained import LATEST_NAME, WEIGHT_FILES, folder_pooling, has_record, load_trained
+from bert.trained import LATEST_NAME, WEIGHT_FILES, check_vocabulary, folder_pooling, has_record, load_trained
 
 FORMATS = ("huggingface", "original", "onnx")
 SUFFIXES = {".pt": "original", ".onnx": "onnx"}
@@ -45,6 +45,7 @@ class Source:
     pooling: str = "mean"  # of its vectors, or "first"
     origin: dict[str, Any] = field(default_factory=dict)  # for the model card
     notes: list[str] = field(default_factory=list)  # names that were left out, one a line
+    files: list[Path] = field(default_factory=list)  # what it was read from: no destination may be or hold any of it
 
     @property
     def task(self) -> str:
@@ -65,8 +66,15 @@ def read_source(
         tokenizer: name or path of the tokenizer; None: the source's own.
 
     Raises:
-        RecipeError: there is no such source, it would run code, or a name or shape does not fit.
+        RecipeError: there is no such source, it would run code, a name or shape does not fit, or the tokenizer named
+            has more entries than the model.
     """
+    found = _read(path, config_file, task, tokenizer)
+    found.files = [path, *(path / name for name in (LATEST_NAME, "config.json", *WEIGHT_FILES))]
+    return found
+
+
+def _read(path: Path, config_file: Path | None, task: str | None, tokenizer: str | None) -> Source:
     if path.is_dir() and not (path / LATEST_NAME).exists():
         found = _read_folder(path, task)
     else:
@@ -80,7 +88,7 @@ def read_source(
             config = {} if config_file is None else read_config(config_file)
             found = Source(load_any(file, config, task, str(file)), origin={"source": "an original M2 checkpoint"})
     if tokenizer is not None:
-        load_tokenizer(tokenizer)
+        check_vocabulary(load_tokenizer(tokenizer), found.model.config.vocab_size)
         found.tokenizer_name = tokenizer
     return found
 
@@ -177,21 +185,19 @@ def convert(
         destination: a folder ("huggingface") or a file.
         to: one of FORMATS.
         verify: whether to read the result and run both models on the same inputs, before it gets its name.
-        overwrite: whether a destination that exists may be replaced.
+        overwrite: whether a file, or a folder that an earlier conversion wrote, may be replaced.
 
     Returns:
         The largest difference of logits, relative to the largest logit where that is over 1; None without `verify`.
 
     Raises:
-        RecipeError: the destination exists, or the models differ by more than TOLERANCES; then nothing is written.
+        RecipeError: the destination exists and may not be replaced, or the models differ by more than TOLERANCES; then
+            nothing is written.
     """
     if to == "onnx":
         onnx.check_installed()
     if destination.exists():
-        if destination.is_dir() is not (to == "huggingface"):
-            raise RecipeError(f"{destination} is {'a folder' if destination.is_dir() else 'a file'}: give another name")
-        if not overwrite and not (destination.is_dir() and not any(destination.iterdir())):
-            raise RecipeError(f"{destination} exists: give another name, or --overwrite")
+        _check_destination(source, destination, to, overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as name:
         temporary = Path(name) / destination.name
@@ -209,6 +215,30 @@ def convert(
     return largest
 
 
+def _check_destination(source: Source, destination: Path, to: str, overwrite: bool) -> None:
+    """Raise RecipeError where a destination that exists may not be replaced."""
+    is_folder = destination.is_dir()
+    if is_folder is not (to == "huggingface"):
+        raise RecipeError(f"{destination} is {'a folder' if is_folder else 'a file'}: give another name")
+    place = destination.resolve()
+    if any(file.resolve().is_relative_to(place) for file in source.files if file.exists()):
+        raise RecipeError(f"{destination} is the source, or holds it: give another name")
+    if is_folder and not any(destination.iterdir()):
+        return
+    # Overwriting deletes a whole folder: only one that a conversion wrote, never a run's or somebody's files.
+    if is_folder and not _is_export(destination):
+        raise RecipeError(f"{destination} is a folder that no conversion wrote, and is not replaced: give another name")
+    if not overwrite:
+        raise RecipeError(f"{destination} exists: give another name, or --overwrite")
+
+
+def _is_export(folder: Path) -> bool:
+    """Say whether a folder is what a conversion writes, and no run keeps its checkpoints there."""
+    has_model = any((folder / name).is_file() for name in ("model.safetensors", f"{MODELING_FILE}.py"))
+    is_run = os.path.lexists(folder / LATEST_NAME) or any(folder.glob("ep*-ba*"))
+    return (folder / "config.json").is_file() and has_model and not is_run
+
+
 def _put_in_place(temporary: Path, destination: Path) -> None:
     """Give what lies at `temporary`, in a hidden folder beside it, the destination's name.
 
@@ -224,11 +254,12 @@ def _put_in_place(temporary: Path, destination: Path) -> None:
         os.replace(temporary, destination)
         return
     old = temporary.with_name(f"{temporary.name}.old")
-    os.rename(destination, old)
     try:
+        os.rename(destination, old)
         os.rename(temporary, destination)
-    except OSError:
-        os.rename(old, destination)
+    except BaseException:  # an interruption too: what lies in the hidden folder is deleted
+        if os.path.lexists(old) and not os.path.lexists(destination):
+            os.rename(old, destination)
         raise
 
 
@@ -236,6 +267,8 @@ def _write(source: Source, path: Path, to: str) -> None:
     if to == "huggingface":
         path.mkdir()
         tokenizer = None if source.tokenizer_name is None else load_tokenizer(source.tokenizer_name)
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, source.model.config.vocab_size)
         write_folder(path, source.model, tokenizer, pooling=source.pooling, origin=source.origin)
     elif to == "original":
         save_original(source.model, path)
@@ -278,7 +311,10 @@ def _identifier(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, 2 for what cannot be converted, 4 for a full disk."""
+    """Run the command line and return the exit code.
+
+    0; 2 for what cannot be converted, 4 for a full disk, 130 when interrupted.
+    """
     parser = argparse.ArgumentParser(prog="python -m bert.convert", description="Convert an M2-BERT checkpoint.")
     parser.add_argument(
         "source",
@@ -304,6 +340,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if to == "huggingface" and source.tokenizer_name is None:
             sys.stderr.write("note: no tokenizer is written, for the source has none: --tokenizer names one\n")
         largest = convert(source, arguments.destination, to, verify=arguments.verify, overwrite=arguments.overwrite)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted: {arguments.destination} is what it was, or the new one, whole\n")
+        return 130
     except RecipeError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +17,8 @@ Network = TypeVar("Network", bound=nn.Module)
 # A checkpoint may hold a tensor under several names, but not without end: each may become memory of its own.
 MAX_SHARING = 8
 MAX_SHOWN = 30
+# Keys of a config.json that make transformers read another file than the folder's own weights, or read them otherwise.
+LOADING_KEYS = ("transformers_weights", "quantization_config")
 
 
 def checked_weights(content: Any, source: str) -> dict[str, Tensor]:
@@ -41,6 +46,31 @@ def checked_weights(content: Any, source: str) -> dict[str, Tensor]:
             f"{source} is refused: its tensors claim {claimed:,} bytes and hold {sum(held.values()):,}"
         )
     return dict(content)
+
+
+def check_config_keys(folder: str | os.PathLike[str]) -> None:
+    """Refuse a Hugging Face folder whose config.json leads transformers to other weights than those beside it.
+
+    Args:
+        folder: the folder; where it has no config.json (a name on the Hub) nothing is looked at.
+
+    Raises:
+        CheckpointError: it has one of LOADING_KEYS, or cannot be read.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} is not a model's configuration")
+    for key in LOADING_KEYS:
+        if fields.get(key) is not None:
+            raise CheckpointError(
+                f"{path} is refused: its {key} would load other weights than the folder's own; take the key out"
+            )
 
 
 def check_counts(fields: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> None:

@@ -32,6 +32,7 @@ from transformers import AutoConfig
 from bert.checkpoint import read_state_dict
 from bert.configuration import M2BertConfig
 from bert.errors import CheckpointError, RecipeError
+from bert.exact_loading import check_config_keys
 from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
 from bert.safe_loading import check_folder, load_checkpoint_file
 from bert.trained import LATEST_NAME, RECORD_NAME, has_record, load_trained
@@ -153,6 +154,7 @@ def _longer(config: M2BertConfig, length: int) -> dict[str, int]:
 
 
 def _extend_hugging_face(path: Path, length: int, mode: str, folder: Path) -> None:
+    check_config_keys(path)
     config = AutoConfig.from_pretrained(path)
     if not isinstance(config, M2BertConfig):
         raise CheckpointError(f"{path} holds a model '{config.model_type}': this command is for M2-BERT")

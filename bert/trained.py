@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 from transformers import BertConfig
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 from yaml import YAMLError
 
 from bert.checkpoint import load_any, load_original, read_config
-from bert.composer_models import HuggingFaceBert, MaskedLanguageModel, build_masked_lm, count_parameters
+from bert.composer_models import HuggingFaceBert, MaskedLanguageModel, build_masked_lm
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import CheckpointError, DataError
-from bert.exact_loading import blueprint, check_counts, checked_weights, load_exactly
+from bert.exact_loading import LOADING_KEYS, check_counts, checked_weights, load_exactly
 from bert.modeling import M2BertForMaskedLM
 from bert.safe_loading import load_checkpoint_file
 
@@ -115,6 +117,8 @@ def load_trained(path: str | os.PathLike[str]) -> TrainedModel:
 
 # Files of a Hugging Face folder that hold weights, in the order they are looked for.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+SPARE_PARTS = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")  # of a Hugging Face BERT
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")  # may name code on the Hub
 
 
 @dataclass
@@ -138,7 +142,7 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
 
     Raises:
         CheckpointError: there is nothing of the kind, it cannot be read without running code, or does not fit.
-        DataError: the tokenizer is not there, or is another one.
+        DataError: the tokenizer is not there, is another one, or has more entries than the model.
     """
     place = Path(path)
     if place.is_dir() and not (place / LATEST_NAME).exists() and (place / "config.json").is_file():
@@ -146,7 +150,8 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
         if file is None:
             raise CheckpointError(f"{place} has a config.json, but none of {', '.join(WEIGHT_FILES)}")
         about = {"pooling": folder_pooling(place)}
-        return OpenedModel(_from_folder(place, file), _tokenizer_of(tokenizer, place), about, file)
+        network = _from_folder(place, file)
+        return OpenedModel(network, _tokenizer_of(tokenizer, place, network.config.vocab_size), about, file)
     file = place / LATEST_NAME if place.is_dir() else place
     if place.is_dir() and not file.exists():
         raise CheckpointError(f"{place} holds no model: neither {LATEST_NAME} (a run) nor config.json (Hugging Face)")
@@ -154,9 +159,11 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
         beside = file.with_name("config.json")
         original = load_original(file, read_config(beside) if beside.is_file() else {}, "mlm")
         assert isinstance(original, M2BertForMaskedLM)
-        return OpenedModel(original, _tokenizer_of(tokenizer, file.parent), {}, file)
+        return OpenedModel(original, _tokenizer_of(tokenizer, file.parent, original.config.vocab_size), {}, file)
     trained = load_trained(file)
-    return OpenedModel(trained.model.model.eval(), trained.tokenizer(tokenizer), trained.record, file)
+    found = trained.tokenizer(tokenizer)
+    check_vocabulary(found, trained.model.model.config.vocab_size)
+    return OpenedModel(trained.model.model.eval(), found, trained.record, file)
 
 
 def folder_pooling(folder: Path) -> str:
@@ -180,31 +187,55 @@ def _from_folder(folder: Path, file: Path) -> M2BertForMaskedLM | HuggingFaceBer
 
 
 def _hugging_face_bert(folder: Path, file: Path, config: Mapping[str, Any]) -> HuggingFaceBert:
+    """Build the network from the fields and load the weights that were checked: transformers looks for no file."""
     weights = checked_weights(load_checkpoint_file(file), str(file))
     check_counts(config, weights, str(folder))
-    needed = blueprint(lambda: HuggingFaceBert(BertConfig(**config)), str(folder))
-    if count_parameters(needed) > sum(value.numel() for value in weights.values()):
-        raise CheckpointError(f"{folder}: the weights do not fit the configuration, which asks for more of them")
-    try:
-        network, report = HuggingFaceBert.from_pretrained(
-            str(folder), output_loading_info=True, weights_only=True, local_files_only=True
-        )
-    except Exception as error:  # whatever strange values make transformers raise
-        raise CheckpointError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    fields = {key: value for key, value in config.items() if key not in (*LOADING_KEYS, *ATTENTION_KEYS)}
     # The pooler and the next-sentence head of a pretrained BERT are of no use here; anything else must fit.
-    spare = ("bert.pooler.", "cls.seq_relationship.")
-    unknown = [name for name in report["unexpected_keys"] if not name.startswith(spare)]
-    problems = [*report["missing_keys"], *unknown, *(entry[0] for entry in report["mismatched_keys"])]
-    if problems:
-        raise CheckpointError(f"{folder}: the weights do not fit the configuration: {', '.join(problems[:5])}")
-    return network.eval()
+    weights = {_current_name(name): value for name, value in weights.items() if not name.startswith(SPARE_PARTS)}
+    if fields.get("tie_word_embeddings", True):
+        _complete_tie(weights, "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight", file)
+    _complete_tie(weights, "cls.predictions.bias", "cls.predictions.decoder.bias", file)
+    return load_exactly(lambda: HuggingFaceBert(BertConfig(**fields)), weights, str(folder))
 
 
-def _tokenizer_of(name_or_path: str | None, folder: Path) -> PreTrainedTokenizerFast:
+def _current_name(name: str) -> str:
+    """The name of a weight in a folder converted from TensorFlow, such as bert-base-uncased, as it is called now."""
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _complete_tie(weights: dict[str, Tensor], first: str, second: str, file: Path) -> None:
+    """Add the one of two names of a weight that a file leaves out; CheckpointError where it holds two weights."""
+    if first in weights and second in weights and not torch.equal(weights[first], weights[second]):
+        raise CheckpointError(f"{file}: {first} and {second} are one weight of the model and differ in the file")
+    for name, other in ((first, second), (second, first)):
+        if other in weights:
+            weights.setdefault(name, weights[other])
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """Refuse a tokenizer whose ids a model has no embeddings for.
+
+    Raises:
+        DataError: it has more entries than the model's vocabulary (`vocab_size`).
+    """
+    if len(tokenizer) > vocab_size:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer):,} entries, the model's vocab_size is "
+            f"{vocab_size:,}: it is not the model's own; name that with --tokenizer"
+        )
+
+
+def _tokenizer_of(name_or_path: str | None, folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     if name_or_path is None:
         if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt")):
             raise DataError(
                 f"{folder} holds no tokenizer: name it with --tokenizer (the published models: bert-base-uncased)"
             )
         name_or_path = str(folder)
-    return load_tokenizer(name_or_path)
+    tokenizer = load_tokenizer(name_or_path)
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer

@@ -30,6 +30,7 @@ from bert.composer_models import bert_fields, instantiate, model_config
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import CheckpointError, DataError, RecipeError, nearest
+from bert.exact_loading import check_config_keys
 from bert.glue.data import file_hash
 from bert.glue.metrics import DatasetMetric
 from bert.modeling import M2BertForSequenceClassification
@@ -259,6 +260,7 @@ class Start:
         shared = {"trust_remote_code": self.trust_remote_code}
         try:
             check_folder(self.checkpoint)
+            check_config_keys(self.checkpoint)
             config = AutoConfig.from_pretrained(self.checkpoint, **shared)
             self._apply(config)
             config.num_labels = num_labels

@@ -254,20 +254,67 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
 
 def test_a_destination_is_not_overwritten_unasked(original, capsys):
     folder, _, _ = original
-    config = ("--config", folder / "config.json")
-    (folder / "hf").mkdir()
-    (folder / "hf" / "mine.txt").write_text("kept")
-    assert run(folder / "golden.pt", folder / "hf", *config) == 2
+    arguments = (folder / "golden.pt", folder / "hf", "--config", folder / "config.json")
+    assert run(*arguments) == 0
+    (folder / "hf" / "README.md").write_text("mine")
+    assert run(*arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert (folder / "hf" / "mine.txt").read_text() == "kept"
-    assert run(folder / "golden.pt", folder / "hf", *config, "--overwrite") == 0
-    assert not (folder / "hf" / "mine.txt").exists() and (folder / "hf" / "model.safetensors").is_file()
+    assert (folder / "hf" / "README.md").read_text() == "mine"
+    assert run(*arguments, "--overwrite") == 0
+    assert (folder / "hf" / "README.md").read_text() != "mine" and (folder / "hf" / "model.safetensors").is_file()
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["mine.txt"],
+        ["config.json", "mine.txt"],
+        ["config.json", "model.safetensors", "latest-rank0.pt"],
+        ["config.json", "model.safetensors", "ep0-ba10-rank0.pt"],
+    ],
+    ids=str,
+)
+def test_a_folder_that_no_conversion_wrote_is_never_replaced(original, capsys, names):
+    folder, _, _ = original
+    (folder / "out").mkdir()
+    for name in names:
+        (folder / "out" / name).write_text("kept")
+    arguments = (folder / "golden.pt", folder / "out", "--config", folder / "config.json")
+    for options in ((), ("--overwrite",)):
+        assert run(*arguments, *options) == 2
+        assert "no conversion wrote" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in (folder / "out").iterdir()} == dict.fromkeys(names, "kept")
+
+
+def test_a_destination_that_is_or_holds_the_source_is_refused(original, capsys):
+    """Also by another name, and where the folder that would go looks like an export."""
+    folder, _, _ = original
+    assert run(folder / "golden.pt", folder / "out", "--config", folder / "config.json") == 0
+    assert run(folder / "out", folder / "out" / "sub" / "inner") == 0
+    assert run(folder / "out", folder / "out" / "model.pt") == 0
+    (folder / "link").symlink_to(folder / "out")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for source, destination in (
+        ("out", "out"),
+        ("link", "out"),
+        ("out", "link"),
+        ("out/sub/inner", "out"),
+        ("out/model.pt", "out"),
+        ("out/model.pt", "link/model.pt"),
+    ):
+        assert run(folder / source, folder / destination, "--overwrite") == 2
+        assert "is the source, or holds it: give another name" in capsys.readouterr().err
+    assert run(folder / "out", folder / "out" / "model.safetensors", "--to", "original", "--overwrite") == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert run(folder / "out", folder / "out" / "sub" / "inner", "--overwrite") == 0  # inside the source: no harm
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError, 2), (KeyboardInterrupt, 130)])
 @pytest.mark.parametrize("stop_at", [1, 2])
-def test_an_overwritten_folder_is_whole_at_every_moment(original, monkeypatch, stop_at):
-    """Fail at each of the renamings: the old folder has its name again, whole."""
+def test_an_overwritten_folder_is_whole_at_every_moment(original, monkeypatch, capsys, stop_at, error, code):
+    """Fail, or be interrupted, at each of the renamings: the old folder has its name again, whole."""
     folder, _, _ = original
     arguments = (folder / "golden.pt", folder / "hf", "--config", folder / "config.json", "--overwrite")
     assert run(*arguments) == 0
@@ -277,12 +324,15 @@ def test_an_overwritten_folder_is_whole_at_every_moment(original, monkeypatch, s
     def stop(old, new):
         calls.append(new)
         if len(calls) == stop_at:
-            raise OSError("no")
+            raise error("no")
         rename(old, new)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", stop)
-        assert run(*arguments) == 2
+        capsys.readouterr()
+        assert run(*arguments) == code
+        *notes, last = capsys.readouterr().err.splitlines()
+        assert last.startswith(("error: no", "interrupted: ")) and all(note.startswith("note: ") for note in notes)
     assert (folder / "hf" / "README.md").read_text() == "old" and (folder / "hf" / "config.json").is_file()
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
@@ -383,3 +433,18 @@ def test_the_tokenizer_and_the_card_say_what_is_known(original):
     settings = json.loads((folder / "hf" / "tokenizer_config.json").read_text())
     assert settings["model_max_length"] == 16
     assert run(folder / "hf", folder / "back.pt") == 0
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(finetuned, tmp_path, capsys):
+    file, _ = finetuned()
+    words = " ".join(f"{a}{b}" for a in "abcdefgh" for b in "abcdefgh")
+    large = train_wordpiece([words] * 20, 60)
+    large.save_pretrained(tmp_path / "large")
+    message = f"has {len(large)} entries, the model's vocab_size is 40"
+    assert run(file, tmp_path / "hf", "--tokenizer", tmp_path / "large") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "hf").exists()
+    # And one that lies in the source's folder is not passed on.
+    assert run(file, tmp_path / "hf") == 0
+    large.save_pretrained(tmp_path / "hf")
+    assert run(tmp_path / "hf", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
