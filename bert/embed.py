@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from bert.data.readers import TEXT_DOCUMENTS, BrokenRecord, ReadProgress, file_kind, read_records
 from bert.data.tokenizer import fingerprint
-from bert.errors import DataError, RecipeError
-from bert.inference import BATCH_TOKENS, POOLINGS, LoadedModel, load
+from bert.errors import DataError, RecipeError, storage_failure
+from bert.inference import BATCH_TOKENS, POOLINGS, LoadedModel, check_pooling, load
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,8 @@ def embed_file(
     if not source.is_file():
         raise DataError(f"--input {source}: there is no such file")
     file_kind(source)
+    if pooling is not None:
+        check_pooling(pooling)
     settings = {
         "model": _sha256(model.file),
         "tokenizer": fingerprint(model.tokenizer),
@@ -106,7 +108,7 @@ def embed_file(
         "text_documents": text_documents,
         "pooling": pooling or model.pooling,
         "normalize": normalize,
-        "max_length": max_length or model.max_length,
+        "max_length": model.limit(max_length),
         "batch_tokens": batch_tokens,
         "chunk": chunk,
     }
@@ -114,15 +116,16 @@ def embed_file(
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output.with_name(f".{output.name}.lock"), timeout=0):
+            shutil.rmtree(_removed(parts), ignore_errors=True)  # of a process that was killed meanwhile
             if restart:
-                shutil.rmtree(parts, ignore_errors=True)
+                _remove(parts)
                 for path in (output, _sidecar(output)):
                     path.unlink(missing_ok=True)
             if not parts.exists() and output.exists():
                 _compare(_sidecar(output), settings, output)
                 return f"{output} is already there, made with these settings"
             parts.mkdir(exist_ok=True)
-            if (parts / SETTINGS).exists():
+            if (parts / SETTINGS).exists() or any(parts.glob("part-*")):
                 _compare(parts / SETTINGS, settings, parts)
             else:
                 _write_json(parts / SETTINGS, settings)
@@ -148,7 +151,7 @@ def embed_file(
             seconds = time.perf_counter() - begin
             total = _join(parts, number, output, model.hidden_size)
             _write_json(_sidecar(output), settings)
-            shutil.rmtree(parts)
+            _remove(parts)
     except Timeout:
         raise DataError(f"another process is writing {output}") from None
     tokens = model.encoded_tokens - tokens
@@ -176,6 +179,17 @@ def _whole(record: str | BrokenRecord, source: Path) -> str:
     if isinstance(record, BrokenRecord):
         raise DataError(f"{source}, {record.place}: {record.reason}. What was embedded so far is kept")
     return record
+
+
+def _removed(parts: Path) -> Path:
+    return parts.with_name(f".{parts.name}.removed")
+
+
+def _remove(parts: Path) -> None:
+    """Remove a folder of parts under another name: half of it, without its settings, must not be taken for anyone's."""
+    if parts.exists():
+        os.replace(parts, _removed(parts))
+        shutil.rmtree(_removed(parts))
 
 
 def _part(parts: Path, number: int) -> Path:
@@ -261,7 +275,7 @@ def _sha256_of_ends(path: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 2 for a mistake in what was given, 130 for Ctrl-C."""
+    """Run the command line; return 0, 2 for a mistake in what was given, 4 for a full disk, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m bert.embed",
         description="Embed the documents of a file.",
@@ -301,6 +315,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except OSError as error:
+        failure = storage_failure(error)
+        hint = "; what was embedded is kept: make room and give the same command again"
+        print(f"error: {failure}{hint}" if failure else f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 4 if failure else 2
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)  # noqa: T201
         return 130

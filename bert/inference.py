@@ -140,7 +140,7 @@ class LoadedModel:
         """
         pooling = self.pooling if pooling is None else pooling
         check_pooling(pooling)
-        limit = self._limit(max_length)
+        limit = self.limit(max_length)
         ids = self.tokenize(texts, limit)
         vectors = np.empty((len(ids), self.hidden_size), np.float32)
         equal = not leaves_padding_out(self.network.config)
@@ -210,7 +210,12 @@ class LoadedModel:
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    def _limit(self, max_length: int | None) -> int:
+    def limit(self, max_length: int | None) -> int:
+        """Return what texts are cut to, in tokens; None: the model's longest.
+
+        Raises:
+            RecipeError: the model does not take that many, or it leaves no room for a token.
+        """
         if max_length is None:
             return self.max_length
         if not 2 <= max_length <= self.max_length:

@@ -201,3 +201,41 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_file(folders, tmp_path, c
         assert embed.main([*command, str(output)]) == 0
         assert "11 vectors of 16; 5 made now" in capsys.readouterr().out
         assert not parts.exists() and output.read_bytes() == whole.read_bytes()
+
+
+def test_parts_that_nothing_vouches_for_are_not_used(folders, tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "docs.jsonl", [{"text": text} for text in TEXTS])
+    output = tmp_path / "v.npy"
+    command = ["--input", str(source), "--output", str(output), "--device", "cpu", "--chunk", "2"]
+    parts = tmp_path / "v.npy.parts"
+
+    def removed_in_part(path, **options):
+        if path.exists():
+            (path / embed.SETTINGS).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed.shutil, "rmtree", removed_in_part)  # killed while the parts were removed
+        assert embed.main([str(folders / "m2"), *command]) == 130
+    assert not parts.exists()
+    assert embed.main([str(folders / "attention"), *command]) == 2  # the output is there, and is another model's
+    assert "model was" in capsys.readouterr().err
+    assert embed.main([str(folders / "attention"), *command, "--restart"]) == 0
+    np.testing.assert_allclose(np.load(output), load(folders / "attention", device="cpu").encode(TEXTS), atol=1e-5)
+    assert not [path for path in tmp_path.iterdir() if "parts" in path.name]
+    parts.mkdir()
+    (parts / "part-000000.parquet").write_bytes(b"of whom?")
+    assert embed.main([str(folders / "attention"), *command]) == 2
+    assert "nothing says what made it" in capsys.readouterr().err
+
+
+def test_mistakes_leave_nothing_behind(folders, tmp_path, capsys):
+    source = write(tmp_path / "docs.jsonl", [{"text": "cat"}])
+    command = [str(folders / "m2"), "--input", str(source), "--device", "cpu", "--output"]
+    for wrong in (["--max-length", "999"], ["--max-length", "1"]):
+        assert embed.main([*command, str(tmp_path / "v.npy"), *wrong]) == 2
+        assert "2 to 12" in capsys.readouterr().err
+    assert embed.main([*command, str(source / "v.npy")]) == 2  # below a file
+    assert capsys.readouterr().err.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+    assert embed.main([*command, str(tmp_path / "v.npy")]) == 0
