@@ -114,17 +114,18 @@ def embed_file(
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output.with_name(f".{output.name}.lock"), timeout=0):
+            _remove_hidden(parts)
             if restart:
-                shutil.rmtree(parts, ignore_errors=True)
+                _remove(parts)
                 for path in (output, _sidecar(output)):
                     path.unlink(missing_ok=True)
             if not parts.exists() and output.exists():
                 _compare(_sidecar(output), settings, output)
                 return f"{output} is already there, made with these settings"
             parts.mkdir(exist_ok=True)
-            if (parts / SETTINGS).exists():
+            if any(parts.glob("part-*")):
                 _compare(parts / SETTINGS, settings, parts)
-            else:
+            else:  # nothing is lost with an earlier command's settings, such as one that named a missing column
                 _write_json(parts / SETTINGS, settings)
             begin, documents, tokens = time.perf_counter(), 0, model.encoded_tokens
             records = _records(source, text_column, id_column, text_documents)
@@ -148,7 +149,7 @@ def embed_file(
             seconds = time.perf_counter() - begin
             total = _join(parts, number, output, model.hidden_size)
             _write_json(_sidecar(output), settings)
-            shutil.rmtree(parts)
+            _remove(parts)
     except Timeout:
         raise DataError(f"another process is writing {output}") from None
     tokens = model.encoded_tokens - tokens
@@ -176,6 +177,23 @@ def _whole(record: str | BrokenRecord, source: Path) -> str:
     if isinstance(record, BrokenRecord):
         raise DataError(f"{source}, {record.place}: {record.reason}. What was embedded so far is kept")
     return record
+
+
+def _hidden(parts: Path) -> Path:
+    return parts.with_name(f".{parts.name}.removed")
+
+
+def _remove_hidden(parts: Path) -> None:
+    """Remove what a kill in the middle of `_remove` has left."""
+    if _hidden(parts).exists():
+        shutil.rmtree(_hidden(parts))
+
+
+def _remove(parts: Path) -> None:
+    """Remove the parts, their name first: a kill in the middle must not leave some of them without their settings."""
+    if parts.exists():
+        os.rename(parts, _hidden(parts))
+        _remove_hidden(parts)
 
 
 def _part(parts: Path, number: int) -> Path:

@@ -168,12 +168,12 @@ def test_tables_are_read_with_their_identifiers(folders, tmp_path, capsys, kind)
     command = [str(folders / "m2"), "--input", str(source), "--output", str(output), "--device", "cpu"]
     assert embed.main(command) == 2  # there is no column text
     assert "body, key" in capsys.readouterr().err
-    command += ["--restart", "--text-column", "body"]
+    command += ["--text-column", "body"]  # nothing was embedded: the corrected command needs no --restart
     assert embed.main([*command, "--id-column", "key"]) == 0
     table = pq.read_table(output).to_pydict()
     assert table["id"] == names
     np.testing.assert_allclose(table["vector"], load(folders / "m2", device="cpu").encode(texts), atol=1e-6)
-    assert embed.main(command) == 0
+    assert embed.main([*command, "--restart"]) == 0
     assert pq.read_table(output)["id"].to_pylist() == [0, 1, 2]
 
 
@@ -201,3 +201,43 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_file(folders, tmp_path, c
         assert embed.main([*command, str(output)]) == 0
         assert "11 vectors of 16; 5 made now" in capsys.readouterr().out
         assert not parts.exists() and output.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["at the end", "at --restart"])
+def test_parts_are_never_left_without_their_settings(folders, tmp_path, monkeypatch, restart):
+    source, output = write(tmp_path / "docs.jsonl", [{"text": text} for text in TEXTS]), tmp_path / "v.npy"
+    first, second = load(folders / "m2", device="cpu"), load(folders / "attention", device="cpu")
+    embed.embed_file(second, source, tmp_path / "second.npy", chunk=2)
+    if restart:
+        write(source, [{"text": text} for text in TEXTS[:4]] + [{"text": 3}])
+        with pytest.raises(DataError, match="line 5"):
+            embed.embed_file(first, source, output, chunk=2)
+        write(source, [{"text": text} for text in TEXTS])
+
+    def torn(folder):
+        (folder / "settings.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed.shutil, "rmtree", torn)
+        with pytest.raises(KeyboardInterrupt):
+            embed.embed_file(first, source, output, chunk=2, restart=restart)
+    if not restart:
+        with pytest.raises(DataError, match="model was"):
+            embed.embed_file(second, source, output, chunk=2)
+        output.unlink()
+    embed.embed_file(second, source, output, chunk=2)
+    assert output.read_bytes() == (tmp_path / "second.npy").read_bytes()
+    assert not list(tmp_path.glob("*parts*")) and not list(tmp_path.glob(".*parts*"))
+
+
+def test_parts_that_nothing_speaks_for_are_refused(folders, tmp_path, capsys):
+    source, output = write(tmp_path / "docs.jsonl", [{"text": "cat"}, {"text": 3}]), tmp_path / "v.npy"
+    command = [str(folders / "m2"), "--input", str(source), "--output", str(output), "--chunk", "1", "--device", "cpu"]
+    assert embed.main(command) == 2
+    (tmp_path / "v.npy.parts" / "settings.json").unlink()
+    write(source, [{"text": "cat"}])
+    assert embed.main(command) == 2
+    error = capsys.readouterr().err
+    assert "v.npy.parts is there, and nothing says what made it; --restart" in error and not output.exists()
+    assert embed.main([*command, "--restart"]) == 0
