@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from bert.data.readers import TEXT_DOCUMENTS, BrokenRecord, ReadProgress, file_kind, read_records
 from bert.data.tokenizer import fingerprint
-from bert.errors import DataError, RecipeError
+from bert.errors import DataError, RecipeError, nearest
 from bert.inference import BATCH_TOKENS, POOLINGS, LoadedModel, load
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,10 @@ def embed_file(
         What was done and how fast, one line.
 
     Raises:
-        DataError: the input cannot be read, a record is broken (with its file and line), or the output or its parts
-            were made with other settings (which are named).
+        DataError: the input cannot be read, a record is broken (with its file and line), the output lies below a file,
+            or the output or its parts were made with other settings (which are named).
+        RecipeError: a pooling or length that the model does not take; then nothing was made or removed.
+        OSError: the disk is full, for one; what was embedded is kept.
     """
     if output.suffix not in OUTPUTS:
         raise DataError(f"--output {output}: its name must end in {' or '.join(OUTPUTS)}")
@@ -93,6 +95,9 @@ def embed_file(
         )
     if chunk < 1 or batch_tokens < 1:
         raise DataError("--chunk and --batch-tokens must be at least 1")
+    if text_documents not in TEXT_DOCUMENTS:
+        raise DataError(f"text_documents '{text_documents}': {nearest(text_documents, TEXT_DOCUMENTS)}")
+    pooling, max_length = model.checked(pooling, max_length)
     if not source.is_file():
         raise DataError(f"--input {source}: there is no such file")
     file_kind(source)
@@ -104,14 +109,17 @@ def embed_file(
         "text_column": text_column,
         "id_column": id_column,
         "text_documents": text_documents,
-        "pooling": pooling or model.pooling,
+        "pooling": pooling,
         "normalize": normalize,
-        "max_length": max_length or model.max_length,
+        "max_length": max_length,
         "batch_tokens": batch_tokens,
         "chunk": chunk,
     }
     parts = output.with_name(f"{output.name}.parts")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"--output {output}: it lies below a file, which is no folder; give another name") from None
     try:
         with FileLock(output.with_name(f".{output.name}.lock"), timeout=0):
             _remove_hidden(parts)

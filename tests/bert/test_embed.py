@@ -241,3 +241,28 @@ def test_parts_that_nothing_speaks_for_are_refused(folders, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "v.npy.parts is there, and nothing says what made it; --restart" in error and not output.exists()
     assert embed.main([*command, "--restart"]) == 0
+
+
+def test_what_the_model_does_not_take_is_refused_before_anything_is_made(folders, tmp_path, capsys):
+    source, output = write(tmp_path / "docs.jsonl", [{"text": "cat"}]), tmp_path / "out" / "v.npy"
+    command = [str(folders / "m2"), "--input", str(source), "--output", str(output), "--device", "cpu"]
+    for length in ("999", "0", "1"):
+        assert embed.main([*command, "--max-length", length]) == 2
+        assert f"max_length {length}: this model takes 2 to 12" in capsys.readouterr().err
+    model = load(folders / "m2", device="cpu")
+    for wrong in ({"pooling": "meen"}, {"pooling": ""}, {"text_documents": "lines"}):
+        with pytest.raises(RecipeError, match=next(iter(wrong))):
+            embed.embed_file(model, source, output, **wrong)
+    assert not output.parent.exists()
+    assert embed.main(command) == 0
+    assert embed.main([*command, "--max-length", "999", "--restart"]) == 2
+    assert output.exists()
+
+
+@pytest.mark.parametrize("below", ["v.npy", "deep/v.npy", "deep/er/v.npy"])
+def test_an_output_below_a_file_is_one_message(folders, tmp_path, capsys, below):
+    source = write(tmp_path / "docs.jsonl", [{"text": "cat"}])
+    output = source / below
+    assert embed.main([str(folders / "m2"), "--input", str(source), "--output", str(output), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output {output}: it lies below a file") and error.count("\n") == 1
