@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from bert.data.readers import TEXT_DOCUMENTS, BrokenRecord, ReadProgress, file_kind, read_records
 from bert.data.tokenizer import fingerprint
-from bert.errors import DataError, RecipeError, nearest
+from bert.errors import DataError, RecipeError, nearest, storage_failure
 from bert.inference import BATCH_TOKENS, POOLINGS, LoadedModel, load
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,8 @@ def embed_file(
                             batch_tokens=batch_tokens,
                             progress=bar.update,
                         )
-                        _write_table(part, _table([name for name, _ in rows], vectors))
+                        with _written_whole(part) as temporary:
+                            pq.write_table(_table([name for name, _ in rows], vectors), temporary)
                         documents += len(rows)
                     else:
                         bar.update(len(rows))
@@ -213,30 +215,35 @@ def _table(names: Sequence[str | int], vectors: np.ndarray) -> pa.Table:
     return pa.table({"id": pa.array(names), "vector": column})
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary name, which becomes `path` when the block ends; where it fails, the file is removed."""
     temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
 
 
 def _join(parts: Path, count: int, output: Path, width: int) -> int:
-    """Put the parts together under a temporary name, rename it, and return the number of vectors."""
-    temporary = output.with_name(f".{output.name}.tmp")
+    """Put the parts together and return the number of vectors."""
     files = [_part(parts, number) for number in range(count)]
     total = sum(pq.read_metadata(file).num_rows for file in files)
-    if output.suffix == ".npy":
-        with open(temporary, "wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (total, width)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in files:
-                vectors = pq.read_table(part)["vector"].combine_chunks()
-                file.write(vectors.values.to_numpy().astype("<f4").tobytes())
-    else:
-        schema = pq.read_schema(files[0]) if files else _table([], np.empty((0, width), np.float32)).schema
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for part in files:
-                writer.write_table(pq.read_table(part))
-    os.replace(temporary, output)
+    with _written_whole(output) as temporary:
+        if output.suffix == ".npy":
+            with open(temporary, "wb") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (total, width)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in files:
+                    vectors = pq.read_table(part)["vector"].combine_chunks()
+                    file.write(vectors.values.to_numpy().astype("<f4").tobytes())
+        else:
+            schema = pq.read_schema(files[0]) if files else _table([], np.empty((0, width), np.float32)).schema
+            with pq.ParquetWriter(temporary, schema) as writer:
+                for part in files:
+                    writer.write_table(pq.read_table(part))
     return total
 
 
@@ -260,9 +267,8 @@ def _compare(path: Path, settings: dict[str, Any], what: Path) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with _written_whole(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:
@@ -287,7 +293,7 @@ def _sha256_of_ends(path: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 2 for a mistake in what was given, 130 for Ctrl-C."""
+    """Run the command line; return 0, 2 for a mistake in what was given, 4 for a full disk, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m bert.embed",
         description="Embed the documents of a file.",
@@ -327,6 +333,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except OSError as error:
+        failure = storage_failure(error)
+        if failure is None:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            return 2
+        advice = "what was embedded is kept: make room and give the same command again"
+        print(f"error: {failure}; {advice}", file=sys.stderr)  # noqa: T201
+        return 4
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)  # noqa: T201
         return 130

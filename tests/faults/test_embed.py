@@ -1,10 +1,12 @@
-"""Kill -9 in the middle of embedding; the same command again makes the rest and gives the same file."""
+"""Embedding killed, or out of room; the same command again makes the rest and gives the same file."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,37 @@ def test_embedding_killed(
     embed.embed_file(model, source, output, chunk=2)
     assert len(encoded) == DOCUMENTS - 2 * made and not parts.exists()
     assert output.read_bytes() == whole.read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 16 KiB: the settings and three parts, each of which takes a page."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["v.parquet", "v.npy"])
+@pytest.mark.parametrize("documents", [20, 6], ids=["in a part", "in the output"])
+def test_a_full_disk_keeps_what_was_embedded(
+    folder: Path, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], name: str, documents: int
+) -> None:
+    source, output, parts = tmp_path / "docs.jsonl", small_disk / name, small_disk / f"{name}.parts"
+    source.write_text("".join(json.dumps({"text": TEXTS[i % 5]}) + "\n" for i in range(documents)))
+    command = [str(folder), "--input", str(source), "--chunk", "2", "--device", "cpu", "--output"]
+    assert embed.main([*command, str(output)]) == 4
+    error = capsys.readouterr().err
+    assert "error: No space left on device" in error and "make room" in error and "Traceback" not in error
+    kept = len(list(parts.glob("part-*")))
+    assert 0 < kept <= documents // 2 and (kept == documents // 2) is (documents == 6)
+    assert not output.exists() and not list(small_disk.rglob(".*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    assert embed.main([*command, str(output)]) == 0
+    assert f"{documents - 2 * kept} made now" in capsys.readouterr().out and not parts.exists()
+    assert embed.main([*command, str(tmp_path / name)]) == 0
+    assert output.read_bytes() == (tmp_path / name).read_bytes()
