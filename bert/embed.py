@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from tqdm import tqdm
 
 from bert.data.readers import TEXT_DOCUMENTS, BrokenRecord, ReadProgress, file_kind, read_records
 from bert.data.tokenizer import fingerprint
-from bert.errors import DataError, RecipeError, storage_failure
-from bert.inference import BATCH_TOKENS, POOLINGS, LoadedModel, check_pooling, load
+from bert.errors import DataError, RecipeError, nearest, storage_failure
+from bert.inference import BATCH_TOKENS, POOLINGS, LoadedModel, load
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,10 @@ def embed_file(
         What was done and how fast, one line.
 
     Raises:
-        DataError: the input cannot be read, a record is broken (with its file and line), or the output or its parts
-            were made with other settings (which are named).
+        DataError: the input cannot be read, a record is broken (with its file and line), the output lies below a file,
+            or the output or its parts were made with other settings (which are named).
+        RecipeError: a pooling or length that the model does not take; then nothing was made or removed.
+        OSError: the disk is full, for one; what was embedded is kept.
     """
     if output.suffix not in OUTPUTS:
         raise DataError(f"--output {output}: its name must end in {' or '.join(OUTPUTS)}")
@@ -93,6 +96,9 @@ def embed_file(
         )
     if chunk < 1 or batch_tokens < 1:
         raise DataError("--chunk and --batch-tokens must be at least 1")
+    if text_documents not in TEXT_DOCUMENTS:
+        raise DataError(f"text_documents '{text_documents}': {nearest(text_documents, TEXT_DOCUMENTS)}")
+    pooling, max_length = model.checked(pooling, max_length)
     if not source.is_file():
         raise DataError(f"--input {source}: there is no such file")
     file_kind(source)
@@ -106,17 +112,20 @@ def embed_file(
         "text_column": text_column,
         "id_column": id_column,
         "text_documents": text_documents,
-        "pooling": pooling or model.pooling,
+        "pooling": pooling,
         "normalize": normalize,
-        "max_length": model.limit(max_length),
+        "max_length": max_length,
         "batch_tokens": batch_tokens,
         "chunk": chunk,
     }
     parts = output.with_name(f"{output.name}.parts")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"--output {output}: it lies below a file, which is no folder; give another name") from None
     try:
         with FileLock(output.with_name(f".{output.name}.lock"), timeout=0):
-            shutil.rmtree(_removed(parts), ignore_errors=True)  # of a process that was killed meanwhile
+            _remove_hidden(parts)
             if restart:
                 _remove(parts)
                 for path in (output, _sidecar(output)):
@@ -125,9 +134,9 @@ def embed_file(
                 _compare(_sidecar(output), settings, output)
                 return f"{output} is already there, made with these settings"
             parts.mkdir(exist_ok=True)
-            if (parts / SETTINGS).exists() or any(parts.glob("part-*")):
+            if any(parts.glob("part-*")):
                 _compare(parts / SETTINGS, settings, parts)
-            else:
+            else:  # nothing is lost with an earlier command's settings, such as one that named a missing column
                 _write_json(parts / SETTINGS, settings)
             begin, documents, tokens = time.perf_counter(), 0, model.encoded_tokens
             records = _records(source, text_column, id_column, text_documents)
@@ -143,7 +152,8 @@ def embed_file(
                             batch_tokens=batch_tokens,
                             progress=bar.update,
                         )
-                        _write_table(part, _table([name for name, _ in rows], vectors))
+                        with _written_whole(part) as temporary:
+                            pq.write_table(_table([name for name, _ in rows], vectors), temporary)
                         documents += len(rows)
                     else:
                         bar.update(len(rows))
@@ -181,15 +191,21 @@ def _whole(record: str | BrokenRecord, source: Path) -> str:
     return record
 
 
-def _removed(parts: Path) -> Path:
+def _hidden(parts: Path) -> Path:
     return parts.with_name(f".{parts.name}.removed")
 
 
+def _remove_hidden(parts: Path) -> None:
+    """Remove what a kill in the middle of `_remove` has left."""
+    if _hidden(parts).exists():
+        shutil.rmtree(_hidden(parts))
+
+
 def _remove(parts: Path) -> None:
-    """Remove a folder of parts under another name: half of it, without its settings, must not be taken for anyone's."""
+    """Remove the parts, their name first: a kill in the middle must not leave some of them without their settings."""
     if parts.exists():
-        os.replace(parts, _removed(parts))
-        shutil.rmtree(_removed(parts))
+        os.rename(parts, _hidden(parts))
+        _remove_hidden(parts)
 
 
 def _part(parts: Path, number: int) -> Path:
@@ -201,30 +217,35 @@ def _table(names: Sequence[str | int], vectors: np.ndarray) -> pa.Table:
     return pa.table({"id": pa.array(names), "vector": column})
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary name, which becomes `path` when the block ends; where it fails, the file is removed."""
     temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
 
 
 def _join(parts: Path, count: int, output: Path, width: int) -> int:
-    """Put the parts together under a temporary name, rename it, and return the number of vectors."""
-    temporary = output.with_name(f".{output.name}.tmp")
+    """Put the parts together and return the number of vectors."""
     files = [_part(parts, number) for number in range(count)]
     total = sum(pq.read_metadata(file).num_rows for file in files)
-    if output.suffix == ".npy":
-        with open(temporary, "wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (total, width)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in files:
-                vectors = pq.read_table(part)["vector"].combine_chunks()
-                file.write(vectors.values.to_numpy().astype("<f4").tobytes())
-    else:
-        schema = pq.read_schema(files[0]) if files else _table([], np.empty((0, width), np.float32)).schema
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for part in files:
-                writer.write_table(pq.read_table(part))
-    os.replace(temporary, output)
+    with _written_whole(output) as temporary:
+        if output.suffix == ".npy":
+            with open(temporary, "wb") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (total, width)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in files:
+                    vectors = pq.read_table(part)["vector"].combine_chunks()
+                    file.write(vectors.values.to_numpy().astype("<f4").tobytes())
+        else:
+            schema = pq.read_schema(files[0]) if files else _table([], np.empty((0, width), np.float32)).schema
+            with pq.ParquetWriter(temporary, schema) as writer:
+                for part in files:
+                    writer.write_table(pq.read_table(part))
     return total
 
 
@@ -248,9 +269,8 @@ def _compare(path: Path, settings: dict[str, Any], what: Path) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with _written_whole(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:
@@ -317,9 +337,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         failure = storage_failure(error)
-        hint = "; what was embedded is kept: make room and give the same command again"
-        print(f"error: {failure}{hint}" if failure else f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 4 if failure else 2
+        if failure is None:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            return 2
+        advice = "what was embedded is kept: make room and give the same command again"
+        print(f"error: {failure}; {advice}", file=sys.stderr)  # noqa: T201
+        return 4
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)  # noqa: T201
         return 130

@@ -138,9 +138,7 @@ class LoadedModel:
         Raises:
             RecipeError: an unknown pooling, or a length that the model does not take.
         """
-        pooling = self.pooling if pooling is None else pooling
-        check_pooling(pooling)
-        limit = self.limit(max_length)
+        pooling, limit = self.checked(pooling, max_length)
         ids = self.tokenize(texts, limit)
         vectors = np.empty((len(ids), self.hidden_size), np.float32)
         equal = not leaves_padding_out(self.network.config)
@@ -154,6 +152,19 @@ class LoadedModel:
             if progress is not None:
                 progress(len(batch))
         return vectors
+
+    def checked(self, pooling: str | None, max_length: int | None) -> tuple[str, int]:
+        """Return the pooling and the length in tokens that `encode` takes for these, None being the model's own.
+
+        Raises:
+            RecipeError: an unknown pooling, or a length that the model does not take.
+        """
+        pooling = self.pooling if pooling is None else pooling
+        check_pooling(pooling)
+        limit = self.max_length if max_length is None else max_length
+        if not 2 <= limit <= self.max_length:
+            raise RecipeError(f"max_length {limit}: this model takes 2 to {self.max_length} tokens")
+        return pooling, limit
 
     def tokenize(self, texts: Sequence[str], limit: int) -> list[list[int]]:
         """Return the token ids of texts, cut to `limit`; counts those that are cut, and warns of the first."""
@@ -209,18 +220,6 @@ class LoadedModel:
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
-
-    def limit(self, max_length: int | None) -> int:
-        """Return what texts are cut to, in tokens; None: the model's longest.
-
-        Raises:
-            RecipeError: the model does not take that many, or it leaves no room for a token.
-        """
-        if max_length is None:
-            return self.max_length
-        if not 2 <= max_length <= self.max_length:
-            raise RecipeError(f"max_length {max_length}: this model takes 2 to {self.max_length} tokens")
-        return max_length
 
 
 def load(

@@ -168,12 +168,12 @@ def test_tables_are_read_with_their_identifiers(folders, tmp_path, capsys, kind)
     command = [str(folders / "m2"), "--input", str(source), "--output", str(output), "--device", "cpu"]
     assert embed.main(command) == 2  # there is no column text
     assert "body, key" in capsys.readouterr().err
-    command += ["--restart", "--text-column", "body"]
+    command += ["--text-column", "body"]  # nothing was embedded: the corrected command needs no --restart
     assert embed.main([*command, "--id-column", "key"]) == 0
     table = pq.read_table(output).to_pydict()
     assert table["id"] == names
     np.testing.assert_allclose(table["vector"], load(folders / "m2", device="cpu").encode(texts), atol=1e-6)
-    assert embed.main(command) == 0
+    assert embed.main([*command, "--restart"]) == 0
     assert pq.read_table(output)["id"].to_pylist() == [0, 1, 2]
 
 
@@ -203,39 +203,66 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_file(folders, tmp_path, c
         assert not parts.exists() and output.read_bytes() == whole.read_bytes()
 
 
-def test_parts_that_nothing_vouches_for_are_not_used(folders, tmp_path, monkeypatch, capsys):
-    source = write(tmp_path / "docs.jsonl", [{"text": text} for text in TEXTS])
-    output = tmp_path / "v.npy"
-    command = ["--input", str(source), "--output", str(output), "--device", "cpu", "--chunk", "2"]
-    parts = tmp_path / "v.npy.parts"
+@pytest.mark.parametrize("restart", [False, True], ids=["at the end", "at --restart"])
+def test_parts_are_never_left_without_their_settings(folders, tmp_path, monkeypatch, restart):
+    source, output = write(tmp_path / "docs.jsonl", [{"text": text} for text in TEXTS]), tmp_path / "v.npy"
+    first, second = load(folders / "m2", device="cpu"), load(folders / "attention", device="cpu")
+    embed.embed_file(second, source, tmp_path / "second.npy", chunk=2)
+    if restart:
+        write(source, [{"text": text} for text in TEXTS[:4]] + [{"text": 3}])
+        with pytest.raises(DataError, match="line 5"):
+            embed.embed_file(first, source, output, chunk=2)
+        write(source, [{"text": text} for text in TEXTS])
 
-    def removed_in_part(path, **options):
-        if path.exists():
-            (path / embed.SETTINGS).unlink()
-            raise KeyboardInterrupt
+    def torn(folder):
+        (folder / "settings.json").unlink()
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed.shutil, "rmtree", removed_in_part)  # killed while the parts were removed
-        assert embed.main([str(folders / "m2"), *command]) == 130
-    assert not parts.exists()
-    assert embed.main([str(folders / "attention"), *command]) == 2  # the output is there, and is another model's
-    assert "model was" in capsys.readouterr().err
-    assert embed.main([str(folders / "attention"), *command, "--restart"]) == 0
-    np.testing.assert_allclose(np.load(output), load(folders / "attention", device="cpu").encode(TEXTS), atol=1e-5)
-    assert not [path for path in tmp_path.iterdir() if "parts" in path.name]
-    parts.mkdir()
-    (parts / "part-000000.parquet").write_bytes(b"of whom?")
-    assert embed.main([str(folders / "attention"), *command]) == 2
-    assert "nothing says what made it" in capsys.readouterr().err
+        patch.setattr(embed.shutil, "rmtree", torn)
+        with pytest.raises(KeyboardInterrupt):
+            embed.embed_file(first, source, output, chunk=2, restart=restart)
+    if not restart:
+        with pytest.raises(DataError, match="model was"):
+            embed.embed_file(second, source, output, chunk=2)
+        output.unlink()
+    embed.embed_file(second, source, output, chunk=2)
+    assert output.read_bytes() == (tmp_path / "second.npy").read_bytes()
+    assert not list(tmp_path.glob("*parts*")) and not list(tmp_path.glob(".*parts*"))
 
 
-def test_mistakes_leave_nothing_behind(folders, tmp_path, capsys):
+def test_parts_that_nothing_speaks_for_are_refused(folders, tmp_path, capsys):
+    source, output = write(tmp_path / "docs.jsonl", [{"text": "cat"}, {"text": 3}]), tmp_path / "v.npy"
+    command = [str(folders / "m2"), "--input", str(source), "--output", str(output), "--chunk", "1", "--device", "cpu"]
+    assert embed.main(command) == 2
+    (tmp_path / "v.npy.parts" / "settings.json").unlink()
+    write(source, [{"text": "cat"}])
+    assert embed.main(command) == 2
+    error = capsys.readouterr().err
+    assert "v.npy.parts is there, and nothing says what made it; --restart" in error and not output.exists()
+    assert embed.main([*command, "--restart"]) == 0
+
+
+def test_what_the_model_does_not_take_is_refused_before_anything_is_made(folders, tmp_path, capsys):
+    source, output = write(tmp_path / "docs.jsonl", [{"text": "cat"}]), tmp_path / "out" / "v.npy"
+    command = [str(folders / "m2"), "--input", str(source), "--output", str(output), "--device", "cpu"]
+    for length in ("999", "0", "1"):
+        assert embed.main([*command, "--max-length", length]) == 2
+        assert f"max_length {length}: this model takes 2 to 12" in capsys.readouterr().err
+    model = load(folders / "m2", device="cpu")
+    for wrong in ({"pooling": "meen"}, {"pooling": ""}, {"text_documents": "lines"}):
+        with pytest.raises(RecipeError, match=next(iter(wrong))):
+            embed.embed_file(model, source, output, **wrong)
+    assert not output.parent.exists()
+    assert embed.main(command) == 0
+    assert embed.main([*command, "--max-length", "999", "--restart"]) == 2
+    assert output.exists()
+
+
+@pytest.mark.parametrize("below", ["v.npy", "deep/v.npy", "deep/er/v.npy"])
+def test_an_output_below_a_file_is_one_message(folders, tmp_path, capsys, below):
     source = write(tmp_path / "docs.jsonl", [{"text": "cat"}])
-    command = [str(folders / "m2"), "--input", str(source), "--device", "cpu", "--output"]
-    for wrong in (["--max-length", "999"], ["--max-length", "1"]):
-        assert embed.main([*command, str(tmp_path / "v.npy"), *wrong]) == 2
-        assert "2 to 12" in capsys.readouterr().err
-    assert embed.main([*command, str(source / "v.npy")]) == 2  # below a file
-    assert capsys.readouterr().err.startswith("error: ")
-    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
-    assert embed.main([*command, str(tmp_path / "v.npy")]) == 0
+    output = source / below
+    assert embed.main([str(folders / "m2"), "--input", str(source), "--output", str(output), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output {output}: it lies below a file") and error.count("\n") == 1
