@@ -102,8 +102,6 @@ def embed_file(
     if not source.is_file():
         raise DataError(f"--input {source}: there is no such file")
     file_kind(source)
-    if pooling is not None:
-        check_pooling(pooling)
     settings = {
         "model": _sha256(model.file),
         "tokenizer": fingerprint(model.tokenizer),
