@@ -114,6 +114,7 @@ def test_the_head_stays_and_is_not_trained(tokenizer: PreTrainedTokenizerFast) -
 
 def rank(number: int, folder: Path, batch: dict[str, torch.Tensor], gather: bool) -> None:
     """Half of the batch on one of two ranks; leaves the loss and the averaged gradients."""
+    torch.set_num_threads(1)  # the threads of the process that was forked are not here, and would be waited for
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=number, world_size=2)
     model = DistributedDataParallel(new_model(gather_negatives=gather))
     half = {name: value[2 * number : 2 * number + 2] for name, value in batch.items()}
