@@ -19,21 +19,27 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bert.checkpoint import Model, load_any, load_original, read_config, save_original
-from bert.data.tokenizer import load_tokenizer
+from bert.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from bert.errors import CheckpointError, DataError, RecipeError, storage_failure
 from bert.exact_loading import checked_weights
 from bert.export import onnx
 from bert.export.folder import MODELING_FILE, difference, load_exported, write_folder
 from bert.modeling import M2BertForMaskedLM
 from bert.safe_loading import load_checkpoint_file
-from bert.trained import LATEST_NAME, WEIGHT_FILES, check_vocabulary, folder_pooling, has_record, load_trained
+from bert.trained import (
+    FINETUNED,
+    LATEST_NAME,
+    WEIGHT_FILES,
+    check_vocabulary,
+    folder_pooling,
+    has_record,
+    load_trained,
+)
 
 FORMATS = ("huggingface", "original", "onnx")
 SUFFIXES = {".pt": "original", ".onnx": "onnx"}
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 TOLERANCES = {"huggingface": 1e-5, "original": 1e-5, "onnx": 1e-4}
 OWN_MODELS = ("m2_bert", "attention_bert")
-FINETUNED = "monarch-mixer-bert fine-tuned"  # bert.glue.model.FINETUNED, without importing the sweep
 
 
 @dataclass

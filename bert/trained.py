@@ -21,7 +21,7 @@ from yaml import YAMLError
 from bert.checkpoint import load_any, load_original, read_config
 from bert.composer_models import HuggingFaceBert, MaskedLanguageModel, build_masked_lm
 from bert.configuration import M2BertConfig
-from bert.data.tokenizer import fingerprint, load_tokenizer
+from bert.data.tokenizer import TOKENIZER_FILES, fingerprint, load_tokenizer
 from bert.errors import CheckpointError, DataError
 from bert.exact_loading import LOADING_KEYS, check_counts, checked_weights, load_exactly
 from bert.modeling import M2BertForMaskedLM
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # The callback that carries the recipe in each checkpoint (bert.recipe.callbacks.RecipeRecord).
 RECORD_NAME = "RecipeRecord"
 LATEST_NAME = "latest-rank0.pt"
+FINETUNED = "monarch-mixer-bert fine-tuned"  # kind of the file that a job of bert.glue keeps
 
 
 @dataclass
@@ -231,7 +232,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Non
 
 def _tokenizer_of(name_or_path: str | None, folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     if name_or_path is None:
-        if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt")):
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise DataError(
                 f"{folder} holds no tokenizer: name it with --tokenizer (the published models: bert-base-uncased)"
             )

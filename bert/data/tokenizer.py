@@ -27,6 +27,8 @@ _KNOWN_NAMES = {
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
 }
+# What a folder with a tokenizer has one of, in the order they are looked for.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 _BERT_TOKENS = tuple(names[0] for names in _KNOWN_NAMES.values())
 
 

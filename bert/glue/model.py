@@ -28,7 +28,7 @@ from transformers import (
 from bert.checkpoint import load_original
 from bert.composer_models import bert_fields, instantiate, model_config
 from bert.configuration import M2BertConfig
-from bert.data.tokenizer import fingerprint, load_tokenizer
+from bert.data.tokenizer import TOKENIZER_FILES, fingerprint, load_tokenizer
 from bert.errors import CheckpointError, DataError, RecipeError, nearest
 from bert.exact_loading import check_config_keys
 from bert.glue.data import file_hash
@@ -37,7 +37,7 @@ from bert.modeling import M2BertForSequenceClassification
 from bert.recipe import builders
 from bert.recipe.callbacks import differences
 from bert.safe_loading import check_folder, load_checkpoint_file
-from bert.trained import LATEST_NAME, TrainedModel, has_record, load_trained
+from bert.trained import FINETUNED, LATEST_NAME, TrainedModel, has_record, load_trained
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,6 @@ FREE_FIELDS = {
     "initializer_range",
 }
 NEW_PARTS = ("bert.pooler.", "classifier.")  # of a classifier that starts from a masked language model
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 MLM_HEADS = ("head.", "cls.")
 
 
@@ -335,9 +334,6 @@ class Start:
                 "the checkpoint's own"
             )
         return name
-
-
-FINETUNED = "monarch-mixer-bert fine-tuned"
 
 
 def save_finetuned(path: Path, model: SequenceClassifier, start: Start, metadata: Mapping[str, Any]) -> None:

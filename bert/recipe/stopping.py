@@ -49,12 +49,12 @@ class StopOnSignal(Callback):
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             if self._agreed and "LOCAL_RANK" in os.environ:
                 # The launcher sends SIGTERM to the ranks that have not ended when the first one has: it would take the
                 # place of this rank's exit code.
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                before[signal.SIGTERM] = signal.SIG_IGN
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT == self._received:

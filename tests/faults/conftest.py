@@ -6,7 +6,9 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -82,6 +84,45 @@ def fork(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     yield start
     for child in children:
         child.end()
+
+
+def kill_before(step: int) -> None:
+    """Have this process, a forked one, killed before its file operation `step`, counted from 1."""
+    count = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given, **named)
+
+        return call
+
+    for name in ("replace", "rename", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    torch.save = counted(torch.save)
+    Path.write_text = counted(Path.write_text)  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Return a function that mounts a disk of so many KiB."""
+    mounted = []
+
+    def mount(kilobytes: int) -> Path:
+        place = tmp_path / "disk"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("no right to mount a small disk")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=False)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0, pause: float = 0.005) -> Any:

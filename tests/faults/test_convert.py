@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from bert.checkpoint import to_original
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import train_wordpiece
 from bert.modeling import M2BertForMaskedLM
-from tests.faults.conftest import Child
+from tests.faults.conftest import Child, kill_before
 
 Fork = Callable[..., Child]
 FIELDS = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16}
@@ -46,22 +43,7 @@ def contents(place: Path) -> dict[str, bytes]:
 
 def killed_at(step: int, arguments: list[str]) -> int:
     """Convert, in a process of its own that is killed before its file operation `step`, counted from 1."""
-    count = 0
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*given, **named)
-
-        return call
-
-    for name in ("replace", "rename", "mkdir", "unlink", "rmdir"):
-        setattr(os, name, counted(getattr(os, name)))
-    torch.save = counted(torch.save)
-    Path.write_text = counted(Path.write_text)  # type: ignore[method-assign]
+    kill_before(step)
     return convert.main(arguments)
 
 
@@ -101,23 +83,15 @@ def test_a_conversion_killed_at_any_step(
     assert steps >= 3
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 16 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a small disk")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=False)
-
-
 @pytest.mark.parametrize("name", ["model.pt", "folder"])
 def test_a_full_disk_ends_a_conversion(
-    command: Callable[[Path], list[str]], small_disk: Path, capsys: pytest.CaptureFixture[str], name: str
+    command: Callable[[Path], list[str]],
+    small_disk: Callable[[int], Path],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
-    assert convert.main(command(small_disk / name)) == 4
+    disk = small_disk(16)
+    assert convert.main(command(disk / name)) == 4
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "make room" in error and "Traceback" not in error
-    assert not list(small_disk.iterdir())
+    assert not list(disk.iterdir())

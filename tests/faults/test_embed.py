@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from bert.data.tokenizer import train_wordpiece
 from bert.errors import DataError
 from bert.inference import LoadedModel
 from bert.modeling import M2BertForMaskedLM
-from tests.faults.conftest import Child, wait_for
+from tests.faults.conftest import Child, kill_before, wait_for
 
 TEXTS = ["the cat sat on the mat", "a dog", "the mat is on the floor and the cat is on the mat", "cat", "a dog ran"]
 DOCUMENTS = 300
@@ -67,20 +65,7 @@ def test_embedding_killed(
 
 def killed_at(step: int, model: LoadedModel, source: Path, output: Path, restart: bool) -> None:
     """Embed, in a process of its own that is killed before its file operation `step`, counted from 1."""
-    count = 0
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*given, **named)
-
-        return call
-
-    for name in ("replace", "rename", "mkdir", "unlink", "rmdir"):
-        setattr(os, name, counted(getattr(os, name)))
+    kill_before(step)
     embed.embed_file(model, source, output, chunk=2, restart=restart)
 
 
@@ -138,25 +123,19 @@ def stopped(*given: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 16 KiB: the settings and three parts, each of which takes a page."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a small disk")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=False)
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["v.parquet", "v.npy"])
 @pytest.mark.parametrize("documents", [20, 6], ids=["in a part", "in the output"])
 def test_a_full_disk_keeps_what_was_embedded(
-    folder: Path, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], name: str, documents: int
+    folder: Path,
+    tmp_path: Path,
+    small_disk: Callable[[int], Path],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    documents: int,
 ) -> None:
-    source, output, parts = tmp_path / "docs.jsonl", small_disk / name, small_disk / f"{name}.parts"
+    disk = small_disk(16)  # the settings and three parts, each of which takes a page
+    source, output, parts = tmp_path / "docs.jsonl", disk / name, disk / f"{name}.parts"
     source.write_text("".join(json.dumps({"text": TEXTS[i % 5]}) + "\n" for i in range(documents)))
     command = [str(folder), "--input", str(source), "--chunk", "2", "--device", "cpu", "--output"]
     assert embed.main([*command, str(output)]) == 4
@@ -165,8 +144,8 @@ def test_a_full_disk_keeps_what_was_embedded(
     assert "make room" in error and "Traceback" not in error
     kept = len(list(parts.glob("part-*")))
     assert 0 < kept <= documents // 2 and (kept == documents // 2) is (documents == 6)
-    assert not output.exists() and not list(small_disk.rglob(".*.tmp"))
-    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    assert not output.exists() and not list(disk.rglob(".*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
     assert embed.main([*command, str(output)]) == 0
     assert f"{documents - 2 * kept} made now" in capsys.readouterr().out and not parts.exists()
     assert embed.main([*command, str(tmp_path / name)]) == 0

@@ -71,25 +71,6 @@ def test_a_bit_of_a_checkpoint_flipped_anywhere_is_seen_or_does_no_harm(tmp_path
 # The disk
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Return a function that mounts a disk of so many KiB."""
-    mounted = []
-
-    def mount(kilobytes: int) -> Path:
-        place = tmp_path / "disk"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("no right to mount a small disk")
-        mounted.append(place)
-        return place
-
-    yield mount
-    for place in mounted:
-        subprocess.run(["umount", "-l", str(place)], check=False)
-
-
 @pytest.mark.faults
 def test_a_full_disk_ends_preparation_and_it_goes_on_later(
     tmp_path: Path, small_disk: Callable[[int], Path], capfd: pytest.CaptureFixture[str]
