@@ -8,6 +8,7 @@ import mmap
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -44,6 +45,7 @@ COLUMN = "input_ids"
 _EVALUATION_EPOCH = 0
 _SECONDS_AFTER_SIGTERM = 60  # that a worker has left
 _WIDTH_MULTIPLE = 16  # of batches as wide as their longest sample: kernels then load several tokens at once
+_REGISTRATIONS = 20  # attempts at a number for shared memory
 _MAPPED_SHARDS = 128  # kept open by a process; each holds a file descriptor, of which a process may have 1,024
 
 
@@ -360,13 +362,28 @@ def _build_dataset(
     try:
         streams = [CheckedStream(**asdict(stream)) for stream in sources(config).values()]
         with alone if get_local_rank() == 0 else contextlib.nullcontext():
-            dataset = StreamingTextDataset(streams=streams, **options)
+            dataset = _register(streams, options)
     except DataError:
         raise
     except (ValueError, RuntimeError, OSError) as error:
         raise DataError(f"{describe(config)} cannot be read: {error}") from error
     _check_shards(dataset, metadata)
     return dataset
+
+
+def _register(streams: Sequence[CheckedStream], options: dict[str, Any]) -> StreamingTextDataset:
+    """Make the dataset; anew where another job on this host, about to end, had removed a part of its shared memory.
+
+    Streaming looks for a free number by each of a number's segments, and takes the highest: it may have another one.
+    Several ranks look together, and cannot look again.
+    """
+    for _ in range(_REGISTRATIONS - 1 if get_world_size() == 1 else 0):
+        try:
+            return StreamingTextDataset(streams=streams, **options)
+        except FileExistsError as error:
+            log.info("%s: another job is ending; looking for another number", error)
+            time.sleep(0.1)
+    return StreamingTextDataset(streams=streams, **options)
 
 
 def _check_cache_limit(dataset: StreamingTextDataset, config: LoaderConfig, batch_size: int) -> None:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from streaming import MDSWriter
 
+from bert.data import streaming_text
 from bert.data.loader_config import DatasetConfig, LoaderConfig, StreamConfig, check_metadata, load_metadata
 from bert.data.masking import IGNORED_LABEL
 from bert.data.metadata import DatasetMetadata
@@ -495,3 +496,18 @@ def test_only_segments_of_streaming_are_candidates(tmp_path):
     (processes / "12" / "maps").write_text(f"7f00-7f01 rw-s 0 00:19 5    {tmp_path}/000000_locals\n")
     assert clean_stale_shared_memory(str(tmp_path), str(processes)) == ["000012_resume"]
     assert (tmp_path / "000000_locals").exists() and (tmp_path / "000000_other").exists()
+
+
+def test_a_number_that_another_job_still_holds_in_part_is_passed_over(root, monkeypatch):
+    """Streaming takes the highest number that is free by one of its segments; by another one it may not be."""
+    original, calls = streaming_text.StreamingTextDataset.__init__, []
+
+    def taken_at_first(self, **options):
+        calls.append(1)
+        if len(calls) < 3:
+            raise FileExistsError(17, "File exists", "/000001_locals")
+        original(self, **options)
+
+    monkeypatch.setattr(streaming_text.StreamingTextDataset, "__init__", taken_at_first)
+    spec = build(root)
+    assert next(iter(spec.dataloader))["input_ids"].shape == (8, LENGTH) and len(calls) == 3
