@@ -32,7 +32,7 @@ tables: install  ## the paper's tables beside ours: results/tables/tables.md, .j
 	$(BIN)/python -m bert.tables
 
 test: install  ## the whole test suite, on the CPU, with all its cores
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -n logical --maxprocesses 8
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -n 4

@@ -13,21 +13,7 @@ from safetensors.torch import load_file
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Folders, files (without .py) and names of tests that make a StreamingDataset.
-STREAMING = {"recipe", "faults", "test_streaming_text", "test_contrastive_training", "test_prepare", "test_scaling"} | {
-    "test_training_throughput",
-    "test_synthetic_shards_are_what_the_loader_reads",
-}
 FIXTURES = Path(__file__).parent / "fixtures"
-
-
-def pytest_collection_modifyitems(items):
-    # Streaming numbers its shared memory by looking which numbers are taken: two processes that start together may take
-    # the same one. So what trains or streams runs in one of pytest-xdist's processes.
-    for item in items:
-        place = item.path.relative_to(Path(__file__).parent).with_suffix("").parts
-        if STREAMING.intersection((*place, item.originalname)):
-            item.add_marker(pytest.mark.xdist_group("streaming"))
 
 
 @pytest.fixture(autouse=True)

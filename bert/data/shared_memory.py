@@ -1,19 +1,44 @@
-"""Shared memory that a killed run of streaming leaves behind."""
+"""Streaming's shared memory: what a killed run leaves behind, and starting beside other runs."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed
+from filelock import FileLock, Timeout
 from streaming.base.constant import SHM_TO_CLEAN
 from streaming.base.distributed import get_local_rank, maybe_init_dist
 
 log = logging.getLogger(__name__)
 
+_SECONDS_ALONE = 60  # that a job waits until others on this host have started
 _SEGMENT = re.compile(rf"\d{{6,}}_({'|'.join(SHM_TO_CLEAN)})")
+
+
+@contextlib.contextmanager
+def alone_on_this_host() -> Iterator[None]:
+    """Keep other jobs from choosing the same number for their shared memory; the ranks of one job choose together.
+
+    Two jobs on the same two hosts may each wait for the other's: so none waits for ever.
+    """
+    lock = FileLock(Path(tempfile.gettempdir(), f"streaming-start-{os.getuid()}.lock"), timeout=_SECONDS_ALONE)
+    try:
+        if get_local_rank() == 0:
+            lock.acquire()
+    except Timeout:
+        log.warning("another job has been starting for %d s: not waiting for it any longer", _SECONDS_ALONE)
+    try:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # streaming's own constructor ends with another
+        yield
+    finally:
+        lock.release()
 
 
 def clean_stale_shared_memory(folder: str = "/dev/shm", processes: str = "/proc") -> list[str]:

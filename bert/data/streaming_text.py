@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from composer.core import DataSpec
-from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.dataset import _ShardState
-from streaming.base.distributed import get_local_rank, get_local_world_size, get_world_size
+from streaming.base.distributed import get_local_world_size, get_world_size
 
 from bert.data.checked_stream import CheckedStream, check_hash, check_size, remove_files
 from bert.data.loader_config import (
@@ -36,6 +32,7 @@ from bert.data.loader_config import (
 )
 from bert.data.masking import IGNORED_LABEL, mask_tokens
 from bert.data.metadata import FILE_NAME, DatasetMetadata
+from bert.data.shared_memory import alone_on_this_host
 from bert.errors import DataError
 from bert.processes import signal_when_parent_ends
 
@@ -357,11 +354,9 @@ def _build_dataset(
     options["shuffle_seed"] = seed if config.shuffle_seed is None else config.shuffle_seed
     options["fixed_epoch"] = None if train else _EVALUATION_EPOCH
 
-    # Two jobs that start on one host at once would choose the same number for their shared memory.
-    alone = FileLock(Path(tempfile.gettempdir(), f"streaming-start-{os.getuid()}.lock"))
     try:
         streams = [CheckedStream(**asdict(stream)) for stream in sources(config).values()]
-        with alone if get_local_rank() == 0 else contextlib.nullcontext():
+        with alone_on_this_host():
             dataset = _register(streams, options)
     except DataError:
         raise

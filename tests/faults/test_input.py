@@ -17,7 +17,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from streaming import StreamingDataset
+from streaming import LocalDataset
 
 from bert.checkpoint import load_original, to_original
 from bert.configuration import M2BertConfig
@@ -81,7 +81,7 @@ def test_strange_documents_are_prepared(tmp_path: Path, vocabulary: str, name: s
     documents = [*DOCUMENTS[name], "abc def ghi jkl"]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     metadata = prepare(PrepareSettings([str(corpus)], str(tmp_path / "out"), vocabulary, seq_len=8, workers=0))
-    dataset = StreamingDataset(local=str(tmp_path / "out" / "train"), shuffle=False, batch_size=1)
+    dataset = LocalDataset(str(tmp_path / "out" / "train"))
     assert len(dataset) == metadata.num_samples > 0
     assert metadata.num_documents + metadata.num_skipped_documents == len(documents)
     tokens = np.concatenate([dataset[i]["input_ids"] for i in range(min(len(dataset), 500))])

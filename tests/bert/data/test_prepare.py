@@ -26,6 +26,7 @@ from transformers import BertTokenizerFast
 from bert.data import embedded, part_store
 from bert.data.metadata import DatasetMetadata
 from bert.data.prepare import PrepareSettings, main, prepare
+from bert.data.shared_memory import alone_on_this_host
 from bert.errors import DataError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -65,7 +66,8 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 
 def read_back(folder: str | Path) -> list[np.ndarray]:
-    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1, validate_hash="xxh64")
+    with alone_on_this_host():
+        dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1, validate_hash="xxh64")
     return [dataset[i]["input_ids"] for i in range(len(dataset))]
 
 
@@ -342,9 +344,9 @@ def test_remote_output(settings: PrepareSettings, cloud: FakeCloud, tmp_path: Pa
     assert prepare(remote) == metadata
     with pytest.raises(DataError, match="seq_len"):
         prepare(replace(remote, seq_len=32))
-    dataset = StreamingDataset(
-        remote=str(tmp_path / "cloud/bucket/text"), local=str(tmp_path / "cache"), split="train", batch_size=1
-    )
+    remote_folder, cache = str(tmp_path / "cloud/bucket/text"), str(tmp_path / "cache")
+    with alone_on_this_host():
+        dataset = StreamingDataset(remote=remote_folder, local=cache, split="train", batch_size=1)
     assert [s["input_ids"].tolist() for s in dataset] == [s.tolist() for s in read_back(f"{settings.out}/train")]
 
 

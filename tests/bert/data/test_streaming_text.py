@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from streaming import MDSWriter
 
-from bert.data import streaming_text
+from bert.data import shared_memory, streaming_text
 from bert.data.loader_config import DatasetConfig, LoaderConfig, StreamConfig, check_metadata, load_metadata
 from bert.data.masking import IGNORED_LABEL
 from bert.data.metadata import DatasetMetadata
-from bert.data.shared_memory import clean_stale_shared_memory
+from bert.data.shared_memory import alone_on_this_host, clean_stale_shared_memory
 from bert.data.streaming_text import build_data_spec, count_samples, count_tokens, split_batch
 from bert.errors import DataError
 
@@ -511,3 +511,29 @@ def test_a_number_that_another_job_still_holds_in_part_is_passed_over(root, monk
     monkeypatch.setattr(streaming_text.StreamingTextDataset, "__init__", taken_at_first)
     spec = build(root)
     assert next(iter(spec.dataloader))["input_ids"].shape == (8, LENGTH) and len(calls) == 3
+
+
+def test_jobs_that_start_at_once_choose_different_numbers(root, monkeypatch):
+    monkeypatch.setattr(streaming_text, "_REGISTRATIONS", 1)
+    go, numbers = FORK.Barrier(6), FORK.Queue()
+    jobs = [FORK.Process(target=_start_with_others, args=(root, go, numbers)) for _ in range(6)]
+    for job in jobs:
+        job.start()
+    assert len({numbers.get(timeout=60) for _ in jobs}) == 6
+    for job in jobs:
+        job.join(60)
+        assert job.exitcode == 0
+
+
+def _start_with_others(root, go, numbers):
+    go.wait(60)
+    spec = build(root)
+    numbers.put(spec.dataloader.dataset._shm_prefix_int)
+    go.wait(60)  # its shared memory stays until all have theirs
+
+
+def test_a_job_that_never_starts_does_not_stop_others(root, monkeypatch, caplog):
+    monkeypatch.setattr(shared_memory, "_SECONDS_ALONE", 0)
+    with alone_on_this_host():
+        assert next(iter(build(root).dataloader))["input_ids"].shape == (8, LENGTH)
+    assert "not waiting for it any longer" in caplog.text
