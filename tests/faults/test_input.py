@@ -17,7 +17,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from streaming import LocalDataset
+from streaming import StreamingDataset
 
 from bert.checkpoint import load_original, to_original
 from bert.configuration import M2BertConfig
@@ -27,6 +27,7 @@ from bert.data.metadata import DatasetMetadata
 from bert.data.packing import ConcatPacker, PackingSpec, TokenChunk, TruncatePacker
 from bert.data.preparation import PrepareSettings, prepare
 from bert.data.prepare import main as prepare_main
+from bert.data.shared_memory import alone_on_this_host
 from bert.data.streaming_text import MaskingCollator, TextSample
 from bert.data.tokenizer import load_tokenizer
 from bert.errors import DataError, RecipeError
@@ -81,7 +82,8 @@ def test_strange_documents_are_prepared(tmp_path: Path, vocabulary: str, name: s
     documents = [*DOCUMENTS[name], "abc def ghi jkl"]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     metadata = prepare(PrepareSettings([str(corpus)], str(tmp_path / "out"), vocabulary, seq_len=8, workers=0))
-    dataset = LocalDataset(str(tmp_path / "out" / "train"))
+    with alone_on_this_host():
+        dataset = StreamingDataset(local=str(tmp_path / "out" / "train"), shuffle=False, batch_size=1)
     assert len(dataset) == metadata.num_samples > 0
     assert metadata.num_documents + metadata.num_skipped_documents == len(documents)
     tokens = np.concatenate([dataset[i]["input_ids"] for i in range(min(len(dataset), 500))])
