@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +42,16 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # a benchmark of the layers alone runs without the recipe's packages
         return None
+
+
+def commit() -> str | None:
+    """Return the commit of this folder, "-changed" where files differ from it; None where git cannot tell."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-changed" if changes.stdout.strip() else "")
 
 
 def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:

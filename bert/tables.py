@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from bert import published
 from bert.errors import DataError, RecipeError
+from bert.files import save_figure, write_json, write_text
 from bert.glue.metrics import AVERAGES
 from bert.glue.report import CONVENTIONS, markdown, print_table
 from bert.provenance import provenance
@@ -256,9 +256,7 @@ def draw(table: PaperTable, path: Path) -> None:
     axes.autoscale()
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    canvas.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    save_figure(canvas, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -288,7 +286,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(folder: Path, tables: Sequence[PaperTable], here: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     text = ["# The published figures and ours\n\nMade by `make tables`.\n"]
     for table in tables:
         rows = [["", "figure", "published", "ours", "difference"], *(line.cells() for line in table.lines)]
@@ -301,10 +298,8 @@ def _write(folder: Path, tables: Sequence[PaperTable], here: Mapping[str, Any]) 
             t.name: {"title": t.title, "note": t.note, "lines": [line.as_json() for line in t.lines]} for t in tables
         },
     }
-    for name, written in (("tables.md", "\n".join(text)), ("tables.json", json.dumps(content, indent=2) + "\n")):
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(written, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    write_text(folder / "tables.md", "\n".join(text))
+    write_json(folder / "tables.json", content)
     for table in tables:
         if table.name == "throughput":
             draw(table, folder / "throughput.png")

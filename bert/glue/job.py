@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from bert.data.tokenizer import load_tokenizer
 from bert.errors import CheckpointError, RecipeError
+from bert.files import write_json
 from bert.glue.data import EncodedSplit, count_warnings, in_file_order, load_split, loader, locate
 from bert.glue.metrics import metric_key
 from bert.glue.model import SequenceClassifier, Start, load_finetuned, save_finetuned
@@ -97,14 +98,6 @@ class JobSpec:
 def job_folder(sweep_folder: str | Path, key: str) -> Path:
     """The folder of a job."""
     return Path(sweep_folder) / "jobs" / key
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file so that it is there wholly or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def run(spec: JobSpec) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bert.glue.job import FILES, TEST, write_json
+from bert.files import write_json, write_text
+from bert.glue.job import FILES, TEST
 from bert.glue.metrics import AVERAGES, average, columns
 from bert.glue.schema import GlueConfig
 from bert.glue.state import DONE, Job, best_job, best_point
@@ -166,8 +167,8 @@ def write(folder: Path, config: GlueConfig, summary: dict[str, Any], jobs: Seque
         print_table(table)
     folder.mkdir(parents=True, exist_ok=True)
     title = f"# {config.run_name}: dev scores, in hundredths\n\n"
-    _write_text(folder / "results.md", title + "\n".join(markdown(table) for table in tables))
-    _write_text(folder / "results.csv", _csv(summary))
+    write_text(folder / "results.md", title + "\n".join(markdown(table) for table in tables))
+    write_text(folder / "results.csv", _csv(summary))
     write_json(folder / "results.json", summary)
     if config.output is not None:
         write_json(Path(config.output), summary)
@@ -205,12 +206,6 @@ def _write_submission(folder: Path, jobs: Sequence[Job]) -> None:
     temporary = folder / f".submission.{os.getpid()}.tmp"
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for file_name, text in sorted(texts.items()):
-            _write_text(folder / file_name, text)
+            write_text(folder / file_name, text)
             archive.writestr(file_name, text)
     os.replace(temporary, folder / "submission.zip")
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

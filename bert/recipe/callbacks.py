@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import statistics
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from bert.data.masking import IGNORED_LABEL
 from bert.errors import CheckpointError
+from bert.files import save_figure, write_json
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +92,7 @@ class NaNGuard(Callback):
         by_rank: list[list[int]] = dist.all_gather_object(self._sample_ids.tolist())
         path = Path(format_name_with_dist(self.path, run_name=state.run_name))
         if dist.get_global_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = {"batch": state.timestamp.batch.value, "reason": what, "sample_ids": by_rank}
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
+            write_json(path, {"batch": state.timestamp.batch.value, "reason": what, "sample_ids": by_rank})
         ids = [number for rank in by_rank for number in rank]
         shown = ", ".join(map(str, ids[:_IDS_SHOWN])) + (", ..." if len(ids) > _IDS_SHOWN else "")
         return f"; its {len(ids)} samples are {shown} ({path})"
@@ -302,11 +298,7 @@ class LossCurve(Callback):
             )
         axes.grid(alpha=0.3)
         axes.legend()
-        path = Path(format_name_with_dist(self.path, run_name=state.run_name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
+        save_figure(figure, Path(format_name_with_dist(self.path, run_name=state.run_name)))
 
 
 class RecipeRecord(Callback):

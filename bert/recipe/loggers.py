@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,6 +10,8 @@ import torch
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, format_name_with_dist
+
+from bert.files import write_text
 
 # Composer's own counts, taken before the batch: beside the line's, which are taken after it, they would only confuse.
 _COUNTS = {f"time/{unit}{suffix}" for unit in ("batch", "sample", "token") for suffix in ("", "_in_epoch")}
@@ -48,11 +49,8 @@ class JsonlLogger(LoggerDestination):
         if dist.get_global_rank() != 0:
             return
         path = Path(format_name_with_dist(self.path, run_name=state.run_name))
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines_until(path, state.timestamp.batch.value)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def batch_end(self, state: State, logger: Logger) -> None:

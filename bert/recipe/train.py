@@ -28,6 +28,7 @@ from bert.data.shared_memory import clean_stale_shared_memory
 from bert.data.streaming_text import build_data_spec
 from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import DataError, RecipeError, storage_failure
+from bert.files import write_text
 from bert.provenance import versions
 from bert.recipe import builders
 from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, SkipBatches, TrainingDivergedError, finite_only
@@ -406,10 +407,7 @@ def _compiled(config: TrainConfig, model: Any) -> Any:
 
 
 def _write_recipe(config: TrainConfig, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".recipe.yaml.tmp"
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    os.replace(temporary, folder / "recipe.yaml")
+    write_text(folder / "recipe.yaml", to_yaml(config))
 
 
 def _result(trainer: Trainer, entropy: float | None, folder: Path) -> TrainResult:

@@ -1,0 +1,284 @@
+"""Studies: what follows from a YAML, and what is run again. Most runs are a stand-in for main.py that takes no time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bert.errors import DataError, RecipeError
+from bert.study.__main__ import main
+from bert.study.records import curves, read_metrics
+from bert.study.schema import load_study, runs_of
+
+ROOT = Path(__file__).parents[3]
+
+# Learns best at 0.01, diverges above 1, fails where the file "fail" names it, and takes its time where "slow" is there.
+STAND_IN = """
+import json, pathlib, sys, time, signal
+values = dict(word.partition("=")[::2] for word in sys.argv[2:])
+with open("calls.txt", "a") as file:
+    file.write(values["run_name"] + "\\n")
+if pathlib.Path("fail").exists() and pathlib.Path("fail").read_text() in values["run_name"]:
+    sys.exit("this run fails")
+lr = float(values.get("optimizer.lr", 0.02))
+folder = pathlib.Path("runs", values["run_name"])
+folder.mkdir(parents=True, exist_ok=True)
+path = folder / "metrics.jsonl"
+done = len(path.read_text().splitlines()) if path.exists() else 0
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+with path.open("a") as file:
+    for batch in range(done + 1, int(values["max_duration"].removesuffix("ba")) + 1):
+        line = {"event": "train", "batch": batch, "token": 128 * batch, "loss/train/total": 5 - batch / 100}
+        line |= {"time/train": batch / 3600, "throughput/tokens_per_sec": 128.0}
+        file.write(json.dumps(line) + "\\n")
+        file.flush()
+        if pathlib.Path("slow").exists():
+            time.sleep(0.05)
+        if stopped:
+            sys.exit(143)
+        if lr > 1:
+            sys.exit(3)
+    line = {"event": "eval", "batch": batch, "token": 128 * batch}
+    line |= {"metrics/eval/MaskedCrossEntropy": 2 + abs(lr - 0.01), "metrics/eval/MaskedAccuracy": 0.5}
+    file.write(json.dumps(line) + "\\n")
+"""
+GLUE_STAND_IN = """
+import json, pathlib, sys
+values = dict(word.partition("=")[::2] for word in sys.argv[2:])
+assert pathlib.Path(values["checkpoint"]).is_dir()
+pathlib.Path(values["output"]).write_text(json.dumps({"kind": "glue", "tasks": {}, "averages": {}, "failed": []}))
+open("calls.txt", "a").write(values["run_name"] + "\\n")
+"""
+COMMAND = """
+import json, pathlib, sys
+assert pathlib.Path(sys.argv[1]).is_dir()
+pathlib.Path(sys.argv[2]).write_text(json.dumps({"kind": "made", "from": sys.argv[1]}))
+open("calls.txt", "a").write("command\\n")
+"""
+JOBS: dict[str, Any] = {
+    "search": {"pretrain": "recipe.yaml", "grid": {"optimizer.lr": [0.1, 0.01, 10]}, "set": {"max_duration": "4ba"}},
+    "base": {"pretrain": "recipe.yaml", "best_of": "search", "seeds": [1, 2]},
+    "timed": {"pretrain": "recipe.yaml", "minutes": 0.25, "speed_of": "base"},
+    "tasks": {"glue": "glue.yaml", "checkpoint": "base"},
+    "look": {"command": ["look.py", "{checkpoint}", "{output}"], "checkpoint": "base", "output": "look.json"},
+}
+ALL = {"search-lr-0.1", "search-lr-0.01", "search-lr-10", "base-seed-1", "base-seed-2", "timed", "tasks"}
+
+
+class Place:
+    """A folder with stand-ins for the entry points, recipes and a study."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name, text in (("main.py", STAND_IN), ("glue.py", GLUE_STAND_IN), ("look.py", COMMAND)):
+            (folder / name).write_text(text)
+        recipe = (ROOT / "yamls/pretrain/m2-demo.yaml").read_text()
+        (folder / "recipe.yaml").write_text(recipe)
+        (folder / "shared").mkdir()
+        for name in ("m2-small.yaml", "shared/glue.yaml"):
+            text = (ROOT / "yamls/finetune-glue" / name).read_text()
+            (folder / {"m2-small.yaml": "glue.yaml"}.get(name, name)).write_text(text)
+
+    def write(self, jobs: dict[str, Any], **changes: Any) -> Path:
+        path = self.folder / "study.yaml"
+        common = {"max_duration": "10ba", "global_train_batch_size": 1, "device_train_microbatch_size": 1}
+        values = {"name": "s", "title": "A study", "data": "made up", "set": common, "jobs": jobs, **changes}
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return path
+
+    def calls(self) -> list[str]:
+        path = self.folder / "calls.txt"
+        found = path.read_text().split() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [re.sub("^s-|-[0-9a-f]{6}$", "", name) for name in found]
+
+    def result(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder / "results/s" / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(tmp_path)
+    return Place(tmp_path)
+
+
+def test_runs_follow_from_each_other_and_nothing_is_done_twice(place: Place) -> None:
+    path = str(place.write(JOBS))
+    assert main([path, "--slots", "2"]) == 0
+    assert sorted(place.calls()) == sorted([*ALL, "command"])
+    # The best of the search, not the one that diverged.
+    assert [place.result(f"search-lr-{lr}")["study"]["outcome"] for lr in ("0.1", "0.01", "10")] == [
+        "finished",
+        "finished",
+        "diverged",
+    ]
+    base = place.result("base-seed-2")
+    assert (base["lr"], base["seed"], base["evaluation_loss"], base["steps"]) == (0.01, 2, 2.0, 10)
+    assert "optimizer.lr=0.01" in base["command"] and base["recipe_hash"] != place.result("base-seed-1")["recipe_hash"]
+    assert base["parameters"] > 0 and base["versions"]["torch"] and base["device"]
+    # A quarter of a minute at 128 tokens a second and as many a step.
+    assert place.result("timed")["steps"] == 15
+    assert re.fullmatch("runs/s-base-seed-1-[0-9a-f]{6}", place.result("look")["from"])
+    assert place.result("tasks")["study"]["start"] == "base"
+
+    assert main([path]) == 0
+    assert place.calls() == []
+
+
+def test_results_travel_and_checkpoints_are_made_again_only_where_they_are_needed(place: Place) -> None:
+    assert main([str(place.write(JOBS)), "--slots", "2"]) == 0
+    place.calls()
+    for folder in (place.folder / "runs").iterdir():  # another machine, with the committed results
+        subprocess.run(["rm", "-r", folder], check=True)
+    assert main([str(place.write(JOBS))]) == 0
+    assert place.calls() == []
+    more = {**JOBS, "again": {"glue": "glue.yaml", "checkpoint": "base", "set": {"epochs": 2}}}
+    assert main([str(place.write(more))]) == 0
+    assert place.calls() == ["base-seed-1", "again"]
+
+
+def test_a_changed_recipe_is_run_again_with_what_follows(place: Place) -> None:
+    assert main([str(place.write(JOBS)), "--slots", "2"]) == 0
+    place.calls()
+    changed = {**JOBS, "base": {**JOBS["base"], "set": {"max_duration": "12ba"}}}
+    assert main([str(place.write(changed)), "--slots", "2"]) == 0
+    assert sorted(place.calls()) == ["base-seed-1", "base-seed-2", "command", "tasks"]
+    assert place.result("base-seed-1")["steps"] == 12
+
+
+def test_only_what_is_asked_for_and_what_it_needs(place: Place) -> None:
+    path = str(place.write(JOBS))
+    assert main([path, "--only", "timed"]) == 0
+    assert place.calls() == ["search-lr-0.1", "search-lr-0.01", "search-lr-10", "base-seed-1", "base-seed-2", "timed"]
+    assert main([path, "--only", "tims"]) == 2
+
+
+def test_a_failing_run_loses_itself_and_what_needs_it(
+    place: Place, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(place.write(JOBS))
+    (place.folder / "fail").write_text("base-seed-1")
+    assert main([path]) == 1
+    assert "blocked" in capsys.readouterr().out
+    assert "base-seed-1: exit code 1: this run fails" in caplog.text
+    assert place.result("base-seed-2")["study"]["outcome"] == "finished"
+    assert not (place.folder / "results/s/tasks.json").exists()
+    (place.folder / "fail").unlink()
+    place.calls()
+    assert main([path]) == 0
+    assert place.calls() == ["base-seed-1", "timed", "tasks", "command"]
+
+
+def test_when_the_time_is_over_runs_stop_with_what_they_have_and_go_on(place: Place) -> None:
+    path = str(place.write({"long": {"pretrain": "recipe.yaml", "set": {"max_duration": "40ba"}}}))
+    (place.folder / "slow").touch()
+    assert main([path, "--minutes", "0.02"]) == 75
+    part = place.result("long")
+    assert part["study"]["outcome"] == "unfinished" and 0 < part["steps"] < 40
+    assert part["train"]["step"][-1] == part["steps"]
+    (place.folder / "slow").unlink()
+    assert main([path]) == 0
+    whole = place.result("long")
+    assert whole["study"]["outcome"] == "finished" and whole["steps"] == 40
+    assert whole["train"]["step"] == list(range(1, 41))
+
+
+def test_runs_end_with_their_study(place: Place) -> None:
+    path = place.write({"long": {"pretrain": "recipe.yaml", "set": {"max_duration": "2000ba"}}})
+    (place.folder / "slow").touch()
+    command = [sys.executable, "-m", "bert.study", str(path)]
+    study = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while not (found := list(place.folder.glob("runs/s-long-*/metrics.jsonl"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    metrics = found[0]
+    study.send_signal(signal.SIGKILL)
+    study.wait(30)
+    time.sleep(0.5)
+    lines = len(metrics.read_text().splitlines())
+    time.sleep(0.5)
+    assert len(metrics.read_text().splitlines()) == lines < 2000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": {"pretrain": "recipe.yaml", "seed": 3}}, r"unknown key 'jobs.base.seed': did you mean 'seeds'"),
+        ({"base": {"pretrain": "recipe.yaml", "glue": "glue.yaml"}}, "give one of pretrain, glue, command, not 2"),
+        ({"base": {"glue": "glue.yaml", "grid": {"epochs": [1]}}}, "'grid' is for pretrain, not for glue"),
+        ({"base": {"pretrain": "recipe.yaml", "best_of": "serach"}}, "there is no job 'serach': did you mean 'search'"),
+        ({"base": {"pretrain": "recipe.yaml", "best_of": "tasks"}}, "best_of 'tasks', which has no grid"),
+        ({"base": {"pretrain": "recipe.yaml", "minutes": 3}}, "'minutes' and 'speed_of' go together"),
+        (
+            {"base": {"pretrain": "recipe.yaml", "needs": ["tasks"]}},
+            "jobs wait for each other: base, timed, tasks, look",
+        ),
+        ({"look": {"command": ["look.py"], "checkpoint": "tasks"}}, "fine-tuning leaves none to start from"),
+    ],
+)
+def test_mistakes_in_a_study_are_named(place: Place, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_study(place.write({**JOBS, **changes}))
+
+
+def test_mistakes_in_recipes_come_before_the_first_run(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    for jobs, message in (
+        ({**JOBS, "timed": {"pretrain": "recipe.yaml", "set": {"optimizer.rl": 1}}}, "did you mean 'lr'"),
+        ({**JOBS, "tasks": {"glue": "glu.yaml", "checkpoint": "base"}}, "did you mean"),
+        ({"look": {"command": ["look.py", "{output}"]}}, "its command says {output}, and the job has none"),
+    ):
+        assert main([str(place.write(jobs))]) == 2
+        assert message in capsys.readouterr().err
+    assert place.calls() == []
+
+
+def test_names_of_runs(place: Place) -> None:
+    grid = {"model.config.hyena_w": [10, 1], "initialization": ["legacy"]}
+    study = load_study(place.write({"a": {"pretrain": "recipe.yaml", "grid": grid, "seeds": [7]}}))
+    assert [run.name for run in runs_of(study)] == [
+        "a-hyena_w-10-initialization-legacy",
+        "a-hyena_w-1-initialization-legacy",
+    ]
+
+
+def test_curves_are_means_of_their_parts() -> None:
+    lines: list[dict[str, Any]] = [
+        {"event": "train", "batch": i, "token": 10 * i, "loss/train/total": float(i), "time/train": i / 60}
+        for i in range(1, 601)
+    ]
+    lines.insert(300, {"event": "eval", "batch": 300, "token": 3000, "metrics/eval/MaskedCrossEntropy": 2.5})
+    found = curves(lines)
+    assert len(found["train"]["loss"]) == 300
+    assert found["train"]["loss"][:2] == [1.5, 3.5] and found["train"]["step"][-1] == 600
+    assert found["evaluation"] == {
+        "step": [300],
+        "tokens": [3000],
+        "minutes": [300.0],
+        "loss": [2.5],
+        "accuracy": [None],
+    }
+    assert (found["steps"], found["tokens"], found["minutes"], found["mfu"]) == (600, 6000, 600.0, None)
+
+
+def test_a_torn_last_line_is_left_out_and_another_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = json.dumps({"event": "train", "batch": 1, "token": 1})
+    path.write_text(good + "\n" + good[:9])
+    assert len(read_metrics(path)) == 1
+    path.write_text(good[:9] + "\n" + good + "\n")
+    with pytest.raises(DataError, match="line 1 is no line of metrics"):
+        read_metrics(path)
+    with pytest.raises(DataError, match="logger jsonl"):
+        read_metrics(tmp_path / "none")
