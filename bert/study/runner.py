@@ -100,6 +100,7 @@ class Study:
         for name in only or []:
             if name not in config.jobs:
                 raise RecipeError(f"there is no job '{name}': {nearest(name, config.jobs)}")
+        self._recipes: dict[tuple[str, ...], TrainConfig] = {}
         self._check_recipes()
         self._choose(set(only) if only else set(config.jobs))
 
@@ -128,9 +129,17 @@ class Study:
             values["seed"] = run.seed
         if steps is not None:
             values["max_duration"] = f"{steps}ba"
-        values["run_name"] += f"-{recipe_hash(load_config(str(run.config.pretrain), as_overrides(values)))[:6]}"
+        recipe = str(run.config.pretrain)
+        values["run_name"] += f"-{recipe_hash(self._read(recipe, as_overrides(values)))[:6]}"
         overrides = as_overrides(values)
-        return load_config(str(run.config.pretrain), overrides), overrides
+        return self._read(recipe, overrides), overrides
+
+    def _read(self, recipe: str, overrides: list[str]) -> TrainConfig:
+        """Read a recipe, each once: it takes a twentieth of a second, and must not change while the study runs."""
+        key = (recipe, *overrides)
+        if key not in self._recipes:
+            self._recipes[key] = load_config(recipe, overrides)
+        return self._recipes[key]
 
     def _name(self, run: Run) -> str:
         return f"{self.config.name}-{run.name}"
