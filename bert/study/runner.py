@@ -352,7 +352,7 @@ class Study:
                     stderr=subprocess.STDOUT,
                     env=environment,
                     start_new_session=True,
-                    preexec_fn=partial(signal_when_parent_ends, signal.SIGTERM),
+                    preexec_fn=partial(signal_when_parent_ends, signal.SIGTERM),  # noqa: PLW1509  one thread here
                 )
             progress.state = RUNNING
 
