@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bert.provenance import device_name, provenance
+from bert.whole_files import write_json
 
 
 def _gpu() -> dict[str, Any] | None:
@@ -28,6 +28,4 @@ def write_figures(path: Path, figures: dict[str, Any]) -> None:
     """Write figures as JSON, with the command (paths by their last part), machine, versions and date."""
     record = provenance()
     record["machine"]["gpu"] = _gpu()
-    record |= {"device": device_name(), **figures}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(path, record | {"device": device_name(), **figures})

@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from bert.data.readers import TEXT_DOCUMENTS, BrokenRecord, ReadProgress, file_k
 from bert.data.tokenizer import fingerprint
 from bert.errors import DataError, RecipeError, nearest, storage_failure
 from bert.inference import BATCH_TOKENS, POOLINGS, LoadedModel, load
+from bert.whole_files import write_json, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def embed_file(
             if any(parts.glob("part-*")):
                 _compare(parts / SETTINGS, settings, parts)
             else:  # nothing is lost with an earlier command's settings, such as one that named a missing column
-                _write_json(parts / SETTINGS, settings)
+                write_json(parts / SETTINGS, settings)
             begin, documents, tokens = time.perf_counter(), 0, model.encoded_tokens
             records = _records(source, text_column, id_column, text_documents)
             with tqdm(unit=" docs", desc="embedding", disable=not progress_bar) as bar:
@@ -150,7 +150,7 @@ def embed_file(
                             batch_tokens=batch_tokens,
                             progress=bar.update,
                         )
-                        with _written_whole(part) as temporary:
+                        with written_whole(part) as temporary:
                             pq.write_table(_table([name for name, _ in rows], vectors), temporary)
                         documents += len(rows)
                     else:
@@ -158,7 +158,7 @@ def embed_file(
                     number += 1
             seconds = time.perf_counter() - begin
             total = _join(parts, number, output, model.hidden_size)
-            _write_json(_sidecar(output), settings)
+            write_json(_sidecar(output), settings)
             _remove(parts)
     except Timeout:
         raise DataError(f"another process is writing {output}") from None
@@ -215,23 +215,11 @@ def _table(names: Sequence[str | int], vectors: np.ndarray) -> pa.Table:
     return pa.table({"id": pa.array(names), "vector": column})
 
 
-@contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary name, which becomes `path` when the block ends; where it fails, the file is removed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # it may be what fills the disk
-        raise
-
-
 def _join(parts: Path, count: int, output: Path, width: int) -> int:
     """Put the parts together and return the number of vectors."""
     files = [_part(parts, number) for number in range(count)]
     total = sum(pq.read_metadata(file).num_rows for file in files)
-    with _written_whole(output) as temporary:
+    with written_whole(output) as temporary:
         if output.suffix == ".npy":
             with open(temporary, "wb") as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (total, width)}
@@ -264,11 +252,6 @@ def _compare(path: Path, settings: dict[str, Any], what: Path) -> None:
         raise DataError(
             f"{what} was made with other settings: {'; '.join(changed)}. --restart removes it and starts over"
         )
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with _written_whole(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:

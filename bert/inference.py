@@ -197,17 +197,39 @@ class LoadedModel:
         positions = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
         if not positions:
             raise DataError(f"there is no {self.tokenizer.mask_token} in: {text}")
-        hidden, _ = self._hidden([ids], width=None if leaves_padding_out(self.network.config) else limit)
-        with torch.inference_mode(), self._precision():
-            # The vocabulary is padded to a round number; what is beyond the tokenizer is no word.
-            logits = self.network.predict(hidden[0, positions])[:, : len(self.tokenizer)]
-            likeliest = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+        width = None if leaves_padding_out(self.network.config) else limit
+        logits = self.logits_at([ids], [(0, place) for place in positions], width=width)
+        likeliest = logits.softmax(-1).topk(min(top, logits.shape[-1]))
         return [
             [(str(self.tokenizer.decode([word])), probability) for word, probability in zip(words, row, strict=True)]
             for words, row in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
         ]
 
-    def _hidden(self, rows: list[list[int]], width: int | None = None) -> tuple[Tensor, Tensor]:
+    def logits_at(
+        self,
+        rows: Sequence[Sequence[int]] | NDArray[np.integer],
+        places: Sequence[tuple[int, int]] | NDArray[np.integer],
+        *,
+        width: int | None = None,
+    ) -> Tensor:
+        """Return the logits (places, entries of the tokenizer), float32 on the device, at places of rows of token ids.
+
+        The head runs on these places alone. On CUDA matrix products run in bf16 (autocast).
+
+        Args:
+            rows: token ids of each row, as the model is to see them: nothing is added, cut or masked.
+            places: (places, 2), the row and the position in it of each prediction.
+            width: tokens that the rows are padded to; None: those of the longest.
+        """
+        hidden, _ = self._hidden(rows, width)
+        row, position = torch.as_tensor(np.asarray(places, dtype=np.int64).reshape(-1, 2), device=self.device).unbind(1)
+        with torch.inference_mode(), self._precision():
+            # The vocabulary is padded to a round number; what is beyond the tokenizer is no word.
+            return self.network.predict(hidden[row, position])[:, : len(self.tokenizer)].float()
+
+    def _hidden(
+        self, rows: Sequence[Sequence[int]] | NDArray[np.integer], width: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         width = max(map(len, rows)) if width is None else width
         ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
         mask = torch.zeros((len(rows), width), dtype=torch.long)

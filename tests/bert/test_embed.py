@@ -266,3 +266,22 @@ def test_an_output_below_a_file_is_one_message(folders, tmp_path, capsys, below)
     assert embed.main([str(folders / "m2"), "--input", str(source), "--output", str(output), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --output {output}: it lies below a file") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["m2", "attention", "hf"])
+def test_logits_at_places_are_those_of_the_whole_network(folders, name):
+    model = load(folders / name, device="cpu")
+    rows = np.array([[5, 6, 7, 8, 9, 10], [9, 8, 7, 6, 5, 5]])
+    places = [(1, 2), (0, 0), (1, 5)]
+    found = model.logits_at(rows, np.array(places))
+    assert found.dtype == torch.float32
+    with torch.no_grad():
+        whole = model.network.predict(model.network.base_model(input_ids=torch.tensor(rows))[0])
+    assert found.shape == (3, len(model.tokenizer)) and whole.shape[-1] == 64
+    for row, (text, place) in zip(found, places, strict=True):
+        torch.testing.assert_close(row, whole[text, place, : len(model.tokenizer)], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.logits_at(rows.tolist(), places), found)
+    assert model.logits_at(rows, []).shape == (0, len(model.tokenizer))
+    if name != "m2":  # which takes padding for text here
+        padded = model.logits_at([[5, 6, 7], [9, 8]], [(1, 1)], width=LIMIT)
+        torch.testing.assert_close(padded, model.logits_at([[9, 8]], [(0, 1)]), atol=1e-5, rtol=1e-5)

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from bert.data.tokenizer import fingerprint, train_wordpiece
 from bert.errors import CheckpointError, DataError
 from bert.trained import LATEST_NAME, load_trained
 
+SENTENCES = Path(__file__).parents[2] / "yamls" / "studies" / "sentences.txt"
 TEXTS = ["the cat sat on the mat", "a dog ran to the cat", "the mat is on the floor"] * 20
 
 
@@ -81,6 +85,58 @@ def test_command_line(checkpoint, capsys):
     assert lines[0] == "the [MASK] sat" and len(lines) == 2
     assert fill_mask.main([str(checkpoint[0]), "no mask here"]) == 2
     assert "there is no [MASK]" in capsys.readouterr().err
+
+
+def test_predictions_are_written_too(checkpoint, tmp_path, capsys):
+    folder, _ = checkpoint
+    (tmp_path / "texts.txt").write_text("a dog ran to the [MASK]\n\n  the mat is on [MASK] floor \n")
+    output = tmp_path / "results" / "filled.json"
+    options = ["--texts", str(tmp_path / "texts.txt"), "--output", str(output), "--device", "cpu", "--top", "2"]
+    assert fill_mask.main([str(folder), *options, "the [MASK] sat on the [MASK]"]) == 0
+    written = json.loads(output.read_text())
+    assert written["kind"] == "fill_mask" and written["model"] == folder.name
+    assert {"command", "date", "machine", "versions"} < set(written)
+    texts = ["the [MASK] sat on the [MASK]", "a dog ran to the [MASK]", "the mat is on [MASK] floor"]
+    assert [row["text"] for row in written["texts"]] == texts
+    predictions = load(folder, device="cpu").fill_mask(texts, top=2)
+    for row, masks in zip(written["texts"], predictions, strict=True):
+        found = [[(item["word"], item["probability"]) for item in mask] for mask in row["masks"]]
+        assert found == [[(word, pytest.approx(share)) for word, share in mask] for mask in masks]
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 4  # what is printed stays as it is
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_nothing_is_written_half(checkpoint, tmp_path, capsys, monkeypatch):
+    model, output = str(checkpoint[0]), tmp_path / "results" / "filled.json"
+    command = [model, "the [MASK] sat", "--output", str(output)]
+    assert fill_mask.main([model, "the [MASK] sat", "no mask here", "--output", str(output)]) == 2
+    assert not output.exists()
+    assert fill_mask.main([model]) == 2
+    assert "--texts" in capsys.readouterr().err
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 [MASK]")
+    for name, message in (("absent.txt", "No such file"), ("blank.txt", "no text"), ("latin.txt", "utf-8")):
+        assert fill_mask.main([model, "--texts", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    assert fill_mask.main([model, "the [MASK] sat", "--output", str(tmp_path / "blank.txt" / "filled.json")]) == 2
+    assert "blank.txt" in capsys.readouterr().err
+
+    assert fill_mask.main(command) == 0
+    before = output.read_text()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert fill_mask.main([*command, "--top", "1"]) == 4
+    assert "No space left" in capsys.readouterr().err
+    assert output.read_text() == before and [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_the_sentences_of_the_studies_have_a_mask_each():
+    sentences = fill_mask.read_texts(SENTENCES)
+    assert len(set(sentences)) == 10 and all(text.count("[MASK]") == 1 for text in sentences)
 
 
 def test_mistakes_are_named(checkpoint, tmp_path, tokenizer):
