@@ -37,8 +37,8 @@ from bert import load
 from bert.data.readers import TEXT_DOCUMENTS, BrokenRecord, ReadProgress, file_kind, read_records
 from bert.data.tokenizer import fingerprint
 from bert.errors import DataError, RecipeError
+from bert.files import save_figure
 from bert.inference import BATCH_TOKENS, LoadedModel
-from bert.whole_files import written_whole
 
 BINS = 16  # of positions in a window
 
@@ -245,8 +245,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for panel in (axes, within):
         panel.grid(alpha=0.3)
         panel.legend()
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from bert.configuration import M2BertConfig
+from bert.files import save_figure
 from bert.modeling import M2BertModel, real_lengths
 from bert.recipe.schema import load_config
 from monarch_mixer.kernels import use_kernels
@@ -308,5 +309,4 @@ def draw_lines(
     axes.grid(alpha=0.3, which="both")
     if axes.lines:
         axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=120)
+    save_figure(figure, path)

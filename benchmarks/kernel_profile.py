@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bert.composer_models import fft_convolution_flops
 from bert.configuration import M2BertConfig
+from bert.files import save_figure
 
 TOKENS = {"forward": 65_536, "training": 32_768}
 BF16 = 2  # bytes
@@ -284,8 +285,7 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     axes.barh(range(len(top)), [row["floor_ms"] or 0.0 for row in top], height=0.4, color="grey", label="floor")
     axes.set_yticks(range(len(top)), [row["name"][:50] for row in top], fontsize=7)
     axes.legend()
-    args.plot.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.plot, format="png", dpi=120)
+    save_figure(figure, args.plot)
 
 
 if __name__ == "__main__":

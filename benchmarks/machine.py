@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from bert.files import write_json
 from bert.provenance import device_name, provenance
-from bert.whole_files import write_json
 
 
 def _gpu() -> dict[str, Any] | None:

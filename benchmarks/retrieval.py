@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from bert import load
 from bert.embeddings.data import Pairs
+from bert.files import save_figure
 
 TOP = 10
 TRUNCATIONS = (128, 512)
@@ -91,12 +92,17 @@ def main() -> None:
     if not arguments.no_bm25:
         rows.append({"model": "BM25", "tokens": None, **scores(bm25_ranks(*map(list, zip(*pairs, strict=True))))})
     long = None
-    for path in arguments.model:
-        rows += model_rows(path, arguments, pairs)
     if arguments.model:
         tokenizer = load(arguments.model[0], tokenizer=arguments.tokenizer, device="cpu").tokenizer
         encoded = tokenizer([document for _, document in pairs], verbose=False)["input_ids"]
         long = sum(len(ids) > LONG for ids in encoded)
+    for path in [None, *arguments.model]:
+        rows += model_rows(path, arguments, pairs) if path else []
+        if arguments.output:  # after each: a model may take an hour
+            named = [{**row, "model": Path(row["model"]).name} for row in rows]
+            figures = {"documents": len(pairs), "documents_over_2000_tokens": long, "rows": named}
+            write_figures(arguments.output, figures)
+            draw(named, arguments.output.with_suffix(".png"))
     print(
         f"{len(pairs):,} queries, as many documents"
         + (f", {long:,} of over {LONG:,} tokens" if arguments.model else "")
@@ -107,10 +113,6 @@ def main() -> None:
             f"{Path(row['model']).name:<40} {row['tokens'] or 'all':>8} {row['ndcg_at_10']:8.3f} "
             f"{row['recall_at_10']:10.3f}"
         )
-    if arguments.output:
-        named = [{**row, "model": Path(row["model"]).name} for row in rows]
-        write_figures(arguments.output, {"documents": len(pairs), "documents_over_2000_tokens": long, "rows": named})
-        draw(named, arguments.output.with_suffix(".png"))
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -130,7 +132,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

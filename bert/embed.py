@@ -24,8 +24,8 @@ from tqdm import tqdm
 from bert.data.readers import TEXT_DOCUMENTS, BrokenRecord, ReadProgress, file_kind, read_records
 from bert.data.tokenizer import fingerprint
 from bert.errors import DataError, RecipeError, nearest, storage_failure
+from bert.files import write_json, written_whole
 from bert.inference import BATCH_TOKENS, POOLINGS, LoadedModel, load
-from bert.whole_files import write_json, written_whole
 
 log = logging.getLogger(__name__)
 

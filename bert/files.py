@@ -1,9 +1,11 @@
-"""Files that are there wholly or not at all."""
+"""Files that are there wholly or not at all: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,22 +13,36 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, and rename it."""
+@contextmanager
+def written_whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Give a temporary name, which becomes `path` when the block ends; where it fails, the file is removed.
+
+    Args:
+        path: in a folder that is made where it is not there.
+        shared: other processes may write this file at the same time; the last one counts.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    with written_whole(path, shared=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file under a temporary name, and rename it."""
+    """Write a JSON file."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Draw a figure of matplotlib as PNG under a temporary name, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    """Draw a figure of matplotlib as PNG."""
+    with written_whole(path, shared=True) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bert.errors import DataError, RecipeError, storage_failure
+from bert.files import write_json
 from bert.inference import Prediction, load
 from bert.provenance import provenance
-from bert.whole_files import write_json
 
 
 def read_texts(path: Path) -> list[str]:

@@ -24,6 +24,7 @@ from bert.recipe.schema import RECIPE_FOLDER, load_config
 log = logging.getLogger(__name__)
 
 MODELS = ("m2-base", "m2-base-960", "m2-large-260m", "m2-large-341m", "bert-base", "hf-bert-base")
+IN_STUDY = " in study "  # between a recipe and the study that ran it
 NO_FIGURE = Figure(None, "", confirmed=True)
 
 
@@ -111,13 +112,14 @@ def glue(results: Path) -> PaperTable:
     others = [name for name in runs if name not in published.GLUE_AVERAGE]
     lines = []
     for name in (*published.GLUE_AVERAGE, *others):
-        convention, average = published.GLUE_AVERAGE.get(name, ("paper", NO_FIGURE))
+        recipe = name.partition(IN_STUDY)[0]
+        convention, average = published.GLUE_AVERAGE.get(recipe, ("paper", NO_FIGURE))
         run = runs.get(name)
         found = run["averages"][convention] if run else {"average": None, "columns": {}}
-        known = published.GLUE_COLUMNS.get(name, {})
+        known = published.GLUE_COLUMNS.get(recipe, {})
         label = f"{name} ({convention})"
         for column in AVERAGES[convention]:
-            paper = NO_FIGURE if name in others else known.get(column, published.UNCONFIRMED)
+            paper = NO_FIGURE if recipe not in published.GLUE_AVERAGE else known.get(column, published.UNCONFIRMED)
             ours = _measured(run, found["columns"].get(column), 100)
             if name not in others or ours is not None:
                 lines.append(Line(label, column, ".2f", paper, ours, relative=False))
@@ -195,10 +197,12 @@ def _measured(run: Mapping[str, Any] | None, value: float | None, factor: float)
 def _glue_runs(results: Path) -> dict[str, dict[str, Any]]:
     """The sweeps' results by run_name."""
     runs: dict[str, dict[str, Any]] = {}
-    for path in sorted(results.glob("glue*.json")):
+    for path in sorted([*results.glob("glue*.json"), *results.glob("*/*.json")]):
         content = _read(path)
         if isinstance(content, dict) and content.get("kind") == "glue":
-            name = content["run_name"]
+            study = content.get("study")
+            # A study's sweep stands beside the published figures of its recipe; the page of results says what it saw.
+            name = content["run_name"] if study is None else f"{study['recipe']}{IN_STUDY}{study['name']}"
             if name in runs:
                 raise DataError(f"{path}: another file here has the run_name '{name}' too: rename or remove one")
             runs[name] = content

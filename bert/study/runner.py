@@ -24,6 +24,7 @@ import torch
 from bert.composer_models import count_parameters
 from bert.errors import DataError, RecipeError, nearest
 from bert.files import write_json
+from bert.glue.schema import check_config as check_glue_config
 from bert.glue.schema import load_config as load_glue_config
 from bert.processes import signal_when_parent_ends
 from bert.provenance import commit, device_name, provenance
@@ -113,7 +114,7 @@ class Study:
             if run.config.pretrain is not None:
                 builders.check_config(self._pretraining(run, {}, None)[0])
             elif run.config.glue is not None:
-                load_glue_config(run.config.glue, self._glue_overrides(run, "runs/x"))
+                check_glue_config(load_glue_config(run.config.glue, self._glue_overrides(run, "runs/x")))
 
     def _of_job(self, job: str) -> list[Progress]:
         return [progress for progress in self.runs.values() if progress.run.job == job]
