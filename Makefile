@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tables test test-gpu test-faults test-export audit lint format clean
+.PHONY: help install demo tables report test test-gpu test-faults test-export audit lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ demo: install  ## pretrain a tiny M2-BERT on English text that Python brings alo
 
 tables: install  ## the paper's tables beside ours: results/tables/tables.md, .json and a picture
 	$(BIN)/python -m bert.tables
+
+report: install  ## docs/results.md from the studies' files in results/ (python -m bert.study makes them)
+	$(BIN)/python -m bert.report
 
 test: install  ## the whole test suite, on the CPU, with all its cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 8
