@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bert.files import write_json, write_text
 from bert.glue.job import FILES, TEST
@@ -150,7 +150,7 @@ def markdown(rows: Rows) -> str:
 
 def print_table(rows: Rows, console: Console | None = None) -> None:
     """Print a table to the terminal."""
-    table = Table(*rows[0])
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
     for row in rows[1:]:
         table.add_row(*row)
     (console or Console()).print(table)

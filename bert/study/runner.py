@@ -29,7 +29,7 @@ from bert.glue.schema import load_config as load_glue_config
 from bert.processes import signal_when_parent_ends
 from bert.provenance import commit, device_name, provenance
 from bert.recipe import builders
-from bert.recipe.resume import run_folder
+from bert.recipe.resume import LATEST, run_folder
 from bert.recipe.schema import TrainConfig, load_config
 from bert.study.records import pretraining_record, read_metrics, recipe_hash
 from bert.study.schema import Run, StudyConfig, as_overrides, dependencies, runs_of
@@ -125,6 +125,10 @@ class Study:
         Its name follows from the whole recipe: one that was changed begins anew, and is never taken for the old one.
         """
         values = {**self.config.set, **run.config.set, **best, **run.point}
+        if run.config.checkpoint is not None:
+            start = self._of_job(run.config.checkpoint)[0].plan
+            folder = Path("unknown") if start is None else start.folder
+            values |= {"load_path": str(folder / LATEST), "load_weights_only": True}
         values |= {"run_name": self._name(run), "autoresume": True, "save_overwrite": False}
         if run.seed is not None:
             values["seed"] = run.seed

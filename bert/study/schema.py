@@ -33,7 +33,7 @@ class JobConfig:
     minutes: float | None = None  # pretrain: as many steps as this takes ...
     speed_of: str | None = None  # ... at the speed of that job's first run
 
-    checkpoint: str | None = None  # glue, command: the job whose result it starts from
+    checkpoint: str | None = None  # the job that it starts from: the weights alone, of its first run
     output: str | None = None  # command: the JSON that it writes into the results; null: it writes to {folder}
     needs: list[str] = field(default_factory=list)  # jobs that are to be done before
 
@@ -87,7 +87,7 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> StudyCon
 
 # Key of a job -> the kinds that it is for.
 _FOR = {"set": ("pretrain", "glue"), "grid": ("pretrain",), "seeds": ("pretrain",), "best_of": ("pretrain",)}
-_FOR |= {"minutes": ("pretrain",), "speed_of": ("pretrain",), "checkpoint": ("glue", "command"), "output": ("command",)}
+_FOR |= {"minutes": ("pretrain",), "speed_of": ("pretrain",), "output": ("command",)}
 _JOBS = ("best_of", "speed_of", "checkpoint")  # keys that name another job
 
 

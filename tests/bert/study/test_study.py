@@ -18,6 +18,7 @@ import yaml
 from bert.errors import DataError, RecipeError
 from bert.study.__main__ import main
 from bert.study.records import curves, read_metrics
+from bert.study.runner import Study
 from bert.study.schema import load_study, runs_of
 
 ROOT = Path(__file__).parents[3]
@@ -70,10 +71,11 @@ JOBS: dict[str, Any] = {
     "search": {"pretrain": "recipe.yaml", "grid": {"optimizer.lr": [0.1, 0.01, 10]}, "set": {"max_duration": "4ba"}},
     "base": {"pretrain": "recipe.yaml", "best_of": "search", "seeds": [1, 2]},
     "timed": {"pretrain": "recipe.yaml", "minutes": 0.25, "speed_of": "base"},
+    "on": {"pretrain": "recipe.yaml", "checkpoint": "base", "set": {"max_duration": "2ba"}},
     "tasks": {"glue": "glue.yaml", "checkpoint": "base"},
     "look": {"command": ["look.py", "{checkpoint}", "{output}"], "checkpoint": "base", "output": "look.json"},
 }
-ALL = {"search-lr-0.1", "search-lr-0.01", "search-lr-10", "base-seed-1", "base-seed-2", "timed", "tasks"}
+ALL = {"search-lr-0.1", "search-lr-0.01", "search-lr-10", "base-seed-1", "base-seed-2", "timed", "on", "tasks"}
 
 
 class Place:
@@ -131,6 +133,8 @@ def test_runs_follow_from_each_other_and_nothing_is_done_twice(place: Place) -> 
     assert place.result("timed")["steps"] == 15
     assert re.fullmatch("runs/s-base-seed-1-[0-9a-f]{6}", place.result("look")["from"])
     assert place.result("tasks")["study"]["start"] == "base"
+    load_path = re.search("load_path=(.*?) load_weights_only=true", place.result("on")["command"])
+    assert load_path is not None and load_path[1] == "latest-rank0.pt"  # the record keeps the last part of a path
 
     assert main([path]) == 0
     assert place.calls() == []
@@ -153,7 +157,7 @@ def test_a_changed_recipe_is_run_again_with_what_follows(place: Place) -> None:
     place.calls()
     changed = {**JOBS, "base": {**JOBS["base"], "set": {"max_duration": "12ba"}}}
     assert main([str(place.write(changed)), "--slots", "2"]) == 0
-    assert sorted(place.calls()) == ["base-seed-1", "base-seed-2", "command", "tasks"]
+    assert sorted(place.calls()) == ["base-seed-1", "base-seed-2", "command", "on", "tasks"]
     assert place.result("base-seed-1")["steps"] == 12
 
 
@@ -177,7 +181,7 @@ def test_a_failing_run_loses_itself_and_what_needs_it(
     (place.folder / "fail").unlink()
     place.calls()
     assert main([path]) == 0
-    assert place.calls() == ["base-seed-1", "timed", "tasks", "command"]
+    assert place.calls() == ["base-seed-1", "timed", "on", "tasks", "command"]
 
 
 def test_when_the_time_is_over_runs_stop_with_what_they_have_and_go_on(place: Place) -> None:
@@ -223,7 +227,7 @@ def test_runs_end_with_their_study(place: Place) -> None:
         ({"base": {"pretrain": "recipe.yaml", "minutes": 3}}, "'minutes' and 'speed_of' go together"),
         (
             {"base": {"pretrain": "recipe.yaml", "needs": ["tasks"]}},
-            "jobs wait for each other: base, timed, tasks, look",
+            "jobs wait for each other: base, timed, on, tasks, look",
         ),
         ({"look": {"command": ["look.py"], "checkpoint": "tasks"}}, "fine-tuning leaves none to start from"),
     ],
@@ -242,6 +246,15 @@ def test_mistakes_in_recipes_come_before_the_first_run(place: Place, capsys: pyt
         assert main([str(place.write(jobs))]) == 2
         assert message in capsys.readouterr().err
     assert place.calls() == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_here_fit_together(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_study(path, [f"results={tmp_path}"])
+    assert config.name == path.stem
+    study = Study(config)  # reads every recipe
+    assert len(study.runs) > 5 and all(progress.state == "waiting" for progress in study.runs.values())
 
 
 def test_names_of_runs(place: Place) -> None:
