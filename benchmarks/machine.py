@@ -25,7 +25,7 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def write_figures(path: Path, figures: dict[str, Any]) -> None:
-    """Write figures as JSON, with the command (paths by their last part), machine, versions and date."""
+    """Write figures as JSON, with the command (absolute paths by their last part), machine, versions and date."""
     record = provenance()
     record["machine"]["gpu"] = _gpu()
     write_json(path, record | {"device": device_name(), **figures})

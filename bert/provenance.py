@@ -55,7 +55,7 @@ def commit() -> str | None:
 
 
 def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return command (paths by their last part), date, machine and versions; CUDA is not touched.
+    """Return command (absolute paths by their last part), date, machine and versions; CUDA is not touched.
 
     Args:
         arguments: of the command, its script first; None: this process's.
@@ -69,6 +69,6 @@ def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _shortened(part: str) -> str:
-    """An argument with a path in it by the path's last part: where a folder lay on one machine says nothing."""
+    """An argument that is, or sets, an absolute path by the path's last part: where it lay on a machine says nothing."""
     key, equals, value = part.rpartition("=")
-    return part if value.startswith(("-", "hub:")) else f"{key}{equals}{Path(value).name}"
+    return f"{key}{equals}{Path(value).name}" if Path(value).is_absolute() else part
