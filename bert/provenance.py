@@ -69,6 +69,6 @@ def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _shortened(part: str) -> str:
-    """An argument that is, or sets, an absolute path by the path's last part: where it lay on a machine says nothing."""
+    """An argument with an absolute path by the path's last part: where it lay on a machine says nothing."""
     key, equals, value = part.rpartition("=")
     return f"{key}{equals}{Path(value).name}" if Path(value).is_absolute() else part
