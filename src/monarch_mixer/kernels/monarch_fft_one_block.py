@@ -57,23 +57,28 @@ def forward_kernel(
         sequence, position = places(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES)
         valid = (sequence < batch) & (position < length)
         offset = sequence * length + position
+        if PADDED:
+            end = tl.load(lengths_ptr + group) if SEQUENCES == 1 else row_ends(lengths_ptr, sequence, batch)
         out = tl.zeros([ROWS, width], tl.float32)
         if GATED:
             run_sequence, run = runs(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES)
             run_valid = (run_sequence < batch) & (run >= 0)
             run_offset = run_sequence * length + run
-            end = row_ends(lengths_ptr, run_sequence, batch)[:, :, None] if PADDED else length
             z = stream(
-                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, end, plane, parameters,
-                MASKED or PADDED,
+                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
+                False,
             )  # fmt: skip
             z *= stream(
-                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, end, plane, parameters,
-                MASKED or PADDED,
+                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
+                False,
             )  # fmt: skip
-            real, imag = to_frequency(
-                z.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
-            )
+            # Both gates are masked at once: each by itself takes registers that long blocks do not have.
+            z = z.to(dtype)
+            if PADDED:
+                z = tl.where(position < end, z, 0.0)
+            elif MASKED:
+                z = tl.where(valid, z, 0.0)
+            real, imag = to_frequency(z, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION)
             if not KEEP:
                 k_real, k_imag = filter_tile(spectrum_ptr, skip_ptr, channel, ROWS, COLUMNS, SEQUENCES)
             inner = to_time(
@@ -90,7 +95,7 @@ def forward_kernel(
         if RESIDUAL:
             u = tl.load(input_ptr + offset, mask=valid, other=0.0)
             if PADDED:
-                u = tl.where(position < row_ends(lengths_ptr, sequence, batch), u, 0.0)
+                u = tl.where(position < end, u, 0.0)
             real, imag = to_frequency(u, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION)
             if not KEEP:
                 r_real, r_imag = filter_tile(
