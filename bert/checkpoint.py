@@ -110,8 +110,8 @@ def load_original(
         The model, in fp32 on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: the file cannot be read without running code, or names or shapes do not match; the message
-            lists the differences.
+        CheckpointError: the file cannot be read without running code, names or shapes do not match (the message lists
+            the differences), or `config` is of a model that the original code has not.
     """
     content, name = _opened(source)
     return _load_original(content, name, config, task, allow_new_head)
@@ -226,7 +226,15 @@ def to_original(model: Model) -> dict[str, Tensor]:
     """Return the model's state dict with every name the original code expects, and in its shapes.
 
     The tensors are detached and share memory with the model, and with each other where the original tied them.
+
+    Raises:
+        CheckpointError: the original code has no such model, though it has one of these names and shapes.
     """
+    if model.config.monarch_mixer_sequence_mixing and model.config.short_conv_centered:
+        raise CheckpointError(
+            "short_conv_centered is this project's own: the original code's short convolution is causal, and with the "
+            "same weights would compute something else"
+        )
     state = model.state_dict()
     original: dict[str, Tensor] = {}
     for ours, names in _names(model.config).items():
@@ -246,6 +254,9 @@ def save_original(model: Model, path: Path) -> None:
     """Write a Composer checkpoint of the original code, with the configuration where Composer would put it.
 
     One file, so that weights and configuration cannot part.
+
+    Raises:
+        CheckpointError: as in `to_original`.
     """
     fields = fields_of(model.config)
     state = {f"model.{name}": value for name, value in to_original(model).items()}

@@ -64,6 +64,7 @@ class M2BertConfig(PretrainedConfig):
         hyena_training_additions: bool = False,  # LayerNorm at the mixer's input; the published 80M has it
         bidirectional: bool = True,
         residual_long_conv: bool = True,
+        short_conv_centered: bool = False,  # mixer; the published models are causal there: an experiment of ours
         use_glu_mlp: bool = True,
         use_monarch_mlp: bool = True,  # block-diagonal MLP; False: dense
         monarch_mlp_nblocks: int = 4,
@@ -100,6 +101,7 @@ class M2BertConfig(PretrainedConfig):
         self.hyena_training_additions = hyena_training_additions
         self.bidirectional = bidirectional
         self.residual_long_conv = residual_long_conv
+        self.short_conv_centered = short_conv_centered
         self.use_glu_mlp = use_glu_mlp
         self.use_monarch_mlp = use_monarch_mlp
         self.monarch_mlp_nblocks = monarch_mlp_nblocks
@@ -179,6 +181,10 @@ class M2BertConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.monarch_mixer_sequence_mixing and (self.hyena_emb_dim < 3 or self.hyena_emb_dim % 2 == 0):
             raise ValueError(f"hyena_emb_dim must be odd and at least 3, got {self.hyena_emb_dim}")
+        if self.short_conv_centered and not self.bidirectional:
+            raise ValueError(
+                "short_conv_centered reads the next position, which a causal model (bidirectional: false) must not"
+            )
         if not self.monarch_mixer_sequence_mixing and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must divide by {self.num_attention_heads} attention heads"

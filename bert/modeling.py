@@ -19,7 +19,7 @@ from bert.configuration import M2BertConfig
 from bert.masked_lm import MaskedLMRowsOutput, masked_lm_output
 from monarch_mixer import BlockDiagonalLinear, DimensionMixer, ImplicitFilter, MonarchSequenceMixer
 from monarch_mixer.filters import two_sided_taps
-from monarch_mixer.kernels.support import compute_dtype, kernels_apply
+from monarch_mixer.kernels.support import NO_CENTERED_SHORT_CONVOLUTION, compute_dtype, kernels_apply
 from monarch_mixer.normalization import layer_norm
 
 # The prediction head's LayerNorm keeps this whatever the configuration says, as in the published models.
@@ -88,6 +88,7 @@ class M2BertLayer(nn.Module):
                 residual_convolution=config.residual_long_conv,
                 learn_positions=config.hyena_lr_pos_emb != 0,
                 layer_norm=config.hyena_training_additions,
+                short_convolution_centered=config.short_conv_centered,
             )
         else:
             self.sequence_mixer = SelfAttention(config)
@@ -154,7 +155,13 @@ class Encoder(nn.Module):
         """Evaluate the filters of all layers together, for the kernels in training; None where layers do it."""
         modules = [layer.sequence_mixer for layer in cast(Iterable[M2BertLayer], self.layers)]
         mixers = [module for module in modules if isinstance(module, MonarchSequenceMixer)]
-        if not mixers or not torch.is_grad_enabled() or not kernels_apply(hidden, compute_dtype(hidden)):
+        if (
+            not mixers
+            or not torch.is_grad_enabled()
+            or not kernels_apply(
+                hidden, compute_dtype(hidden), NO_CENTERED_SHORT_CONVOLUTION if mixers[0].ahead else None
+            )
+        ):
             return None
         first = mixers[0]
         filters = [implicit_filter for mixer in mixers for implicit_filter in mixer.filters()]

@@ -99,6 +99,7 @@ class ExportableMixer(nn.Module):
         self.norm = mixer.norm
         self.input_projection, self.output_projection = mixer.input_projection, mixer.output_projection
         self.short_weight, self.short_bias = mixer.short_weight, mixer.short_bias
+        self.ahead = mixer.ahead
         self.has_residual = mixer.residual_filter is not None
         self.longest = mixer.filter.max_length
         self.transform = transform
@@ -109,7 +110,10 @@ class ExportableMixer(nn.Module):
         """Mix x (batch, length, channels); `padding` (batch, length, 1) is true where it is left out."""
         if self.norm is not None:
             x = self.norm(x)
-        short = short_convolution(self.input_projection(x), self.short_weight, self.short_bias)
+        projected = self.input_projection(x)
+        if padding is not None and self.ahead:
+            projected = projected.masked_fill(padding, 0)
+        short = short_convolution(projected, self.short_weight, self.short_bias, self.ahead)
         gate_before, gate_after, value = short.chunk(3, dim=-1)
         inputs = value * gate_before
         if self.has_residual:

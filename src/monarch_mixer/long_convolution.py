@@ -149,13 +149,15 @@ class _DirectConvolution(torch.autograd.Function):
         return grad_x, grad_taps
 
 
-def short_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Causal depthwise convolution over a few taps; the one entry point, which picks the method.
+def short_convolution(x: Tensor, weight: Tensor, bias: Tensor, ahead: int = 0) -> Tensor:
+    """Depthwise convolution over a few taps, zeros beyond both ends; the one entry point, which picks the method.
 
     Args:
         x: input of shape (batch, length, channels).
-        weight: (channels, 1, taps), the last tap multiplying the present position (the layout of nn.Conv1d).
+        weight: (channels, 1, taps), the last tap multiplying the latest position that is read (the layout of
+            nn.Conv1d).
         bias: (channels,).
+        ahead: how far that position is after the present one, at most taps - 1; 0: causal.
 
     Returns:
         Output of the shape and dtype of `x`.
@@ -166,8 +168,8 @@ def short_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         image = x.contiguous().transpose(1, 2).unsqueeze(2)
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         y = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, taps - 1), groups=x.shape[2])
-        return y[..., :length].squeeze(2).transpose(1, 2)
+        return y[..., ahead : ahead + length].squeeze(2).transpose(1, 2)
     # Shifted sums: a compiler fuses them with what stands before and after.
-    padded = F.pad(x, (0, 0, taps - 1, 0))
+    padded = F.pad(x, (0, 0, taps - 1 - ahead, ahead))
     y = bias + sum(weight[:, 0, tap] * padded[:, tap : tap + length] for tap in range(taps))
     return y.to(x.dtype)

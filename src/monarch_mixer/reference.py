@@ -31,14 +31,17 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
     return torch.einsum("cts,bsc->btc", matrix, x) + skip * x
 
 
-def short_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Causal depthwise convolution, tap by tap; shapes as in `monarch_mixer.short_convolution`."""
+def short_convolution(x: Tensor, weight: Tensor, bias: Tensor, ahead: int = 0) -> Tensor:
+    """Short depthwise convolution, tap by tap; arguments as in `monarch_mixer.short_convolution`."""
     y = bias.expand_as(x)
     taps = weight.shape[-1]
     for tap in range(taps):
-        delay = taps - 1 - tap
+        delay = taps - 1 - tap - ahead
         shifted = torch.zeros_like(x)
-        shifted[:, delay:] = x[:, : x.shape[1] - delay]
+        if delay >= 0:
+            shifted[:, delay:] = x[:, : x.shape[1] - delay]
+        else:
+            shifted[:, :delay] = x[:, -delay:]
         y = y + weight[:, 0, tap] * shifted
     return y
 

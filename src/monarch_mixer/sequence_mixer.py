@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from monarch_mixer import cpu
 from monarch_mixer.filters import ImplicitFilter, two_sided_taps
-from monarch_mixer.kernels.support import compute_dtype, kernels_apply
+from monarch_mixer.kernels.support import NO_CENTERED_SHORT_CONVOLUTION, compute_dtype, kernels_apply
 from monarch_mixer.long_convolution import long_convolution, short_convolution
 from monarch_mixer.normalization import layer_norm
 
@@ -30,6 +30,7 @@ def gated_long_convolution(
     taps: Taps,
     residual_taps: Taps | None,
     lengths: Tensor | None = None,
+    ahead: int = 0,
 ) -> Tensor:
     """Do all that the sequence mixer does between its two linear maps, in plain PyTorch or on a CPU.
 
@@ -41,20 +42,25 @@ def gated_long_convolution(
     Args:
         projected: (batch, length, 3 * channels), the input projection.
         residual_input: (batch, length, channels), the layer's input.
-        short_weight: (3 * channels, 1, taps) of the causal short convolution.
+        short_weight: (3 * channels, 1, taps) of the short convolution.
         short_bias: (3 * channels,).
         taps: forward taps, backward taps or None, and skip weights of the gated convolution.
         residual_taps: the same of the ungated one, or None where there is none.
-        lengths: (batch,), the real positions of each sequence; what follows them counts as zeros in both convolutions.
-            The short one is causal, so that it needs no mask. None: there is no padding.
+        lengths: (batch,), the real positions of each sequence; what follows them counts as zeros in both convolutions,
+            and in the short one where it looks ahead: a causal one needs no mask. None: there is no padding.
+        ahead: positions after the present one that the short convolution reads; see `short_convolution`.
 
     Returns:
         (batch, length, channels) in the dtype of the gated part, or of the wider of both parts.
     """
-    gate_before, gate_after, value = short_convolution(projected, short_weight, short_bias).chunk(3, dim=-1)
-    gated = value * gate_before
+    padding = None
     if lengths is not None:
         padding = torch.arange(projected.shape[1], device=lengths.device)[:, None] >= lengths[:, None, None]
+        if ahead:
+            projected = projected.masked_fill(padding, 0)
+    gate_before, gate_after, value = short_convolution(projected, short_weight, short_bias, ahead).chunk(3, dim=-1)
+    gated = value * gate_before
+    if padding is not None:
         gated = gated.masked_fill(padding, 0)
         residual_input = residual_input.masked_fill(padding, 0)
     mixed = long_convolution(gated, *taps) * gate_after
@@ -70,7 +76,8 @@ def _project(layer: nn.Linear, x: Tensor) -> Tensor:
 class MonarchSequenceMixer(nn.Module):
     """Mix along the sequence in O(length log length): projection, gates and long convolutions, projection.
 
-    The short convolution is causal also where the long ones look both ways, as in the published models.
+    The short convolution is causal also where the long ones look both ways, as in the published models, unless it is
+    centered.
     """
 
     def __init__(
@@ -86,6 +93,7 @@ class MonarchSequenceMixer(nn.Module):
         residual_convolution: bool = True,
         learn_positions: bool = True,
         layer_norm: bool = False,
+        short_convolution_centered: bool = False,
     ) -> None:
         """Make the mixer.
 
@@ -100,8 +108,15 @@ class MonarchSequenceMixer(nn.Module):
             residual_convolution: whether a second, ungated long convolution of the input is added.
             learn_positions: whether the filters' position features are trained.
             layer_norm: whether the input is normalised first (`hyena_training_additions` of the published models).
+            short_convolution_centered: whether the short convolution reads the positions t - 1, t and t + 1, not t - 2,
+                t - 1 and t (`short_conv_centered` of the configuration; an experiment). It has no kernels.
+
+        Raises:
+            ValueError: a causal mixer with a centered short convolution, or what `ImplicitFilter` raises.
         """
         super().__init__()
+        if short_convolution_centered and not bidirectional:
+            raise ValueError("a centered short convolution reads the next position, which a causal mixer must not")
 
         def make_filter() -> ImplicitFilter:
             return ImplicitFilter(
@@ -122,6 +137,7 @@ class MonarchSequenceMixer(nn.Module):
         self.filter = make_filter()
         self.residual_filter = make_filter() if residual_convolution else None
         self.output_projection = nn.Linear(channels, channels)
+        self.ahead = SHORT_CONVOLUTION_TAPS // 2 if short_convolution_centered else 0  # of the short convolution
         self.reset_parameters()
 
     @torch.no_grad()
@@ -156,7 +172,7 @@ class MonarchSequenceMixer(nn.Module):
         Raises:
             ValueError: the length is over the maximum length.
         """
-        if kernels_apply(x, compute_dtype(x)):
+        if kernels_apply(x, compute_dtype(x), NO_CENTERED_SHORT_CONVOLUTION if self.ahead else None):
             return self._forward_kernels(x, compute_dtype(x), taps, cache_filters, lengths)
         length = x.shape[1]
         if self.norm is not None:
@@ -172,6 +188,7 @@ class MonarchSequenceMixer(nn.Module):
             (*self.filter(length, cache_filters), self.filter.skip),
             residual_taps,
             lengths,
+            self.ahead,
         )
         # Outside autocast a model held in bf16 wants its own dtype; inside, the projection casts for itself.
         return _project(self.output_projection, y.to(x.dtype))

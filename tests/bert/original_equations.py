@@ -62,15 +62,15 @@ def long_convolution(x, state, name, config):
     return y
 
 
-def mixer(u, state, name, config):
+def mixer(u, state, name, config, ahead=0):
     if config["hyena_training_additions"]:
         u = layer_norm(u, state, f"{name}.layernorm", 1e-5)
     p = linear(u, state, f"{name}.in_linear")
     weight, s = state[f"{name}.short_filter.weight"][:, 0], torch.zeros_like(p) + state[f"{name}.short_filter.bias"]
     for t in range(p.shape[1]):
         for tap in range(3):
-            if t - 2 + tap >= 0:
-                s[:, t] += weight[:, tap] * p[:, t - 2 + tap]
+            if 0 <= t - 2 + tap + ahead < p.shape[1]:
+                s[:, t] += weight[:, tap] * p[:, t - 2 + tap + ahead]
     width = u.shape[-1]
     x1, x2, v = s[..., :width], s[..., width : 2 * width], s[..., 2 * width :]
     y = long_convolution(v * x1, state, f"{name}.filter_fn", config) * x2
@@ -110,7 +110,7 @@ def mlp(x, state, name, config):
     return layer_norm(y + x, state, f"{name}.layernorm", config["layer_norm_eps"])
 
 
-def encode(state, config, input_ids, mask):
+def encode(state, config, input_ids, mask, ahead=0):
     name = "bert.embeddings"
     h = state[f"{name}.word_embeddings.weight"][input_ids] + state[f"{name}.token_type_embeddings.weight"][0]
     if config["use_positional_encodings"]:
@@ -120,15 +120,16 @@ def encode(state, config, input_ids, mask):
     for layer in range(config["num_hidden_layers"]):
         name = f"bert.encoder.layer.{layer}"
         if config["monarch_mixer_sequence_mixing"]:
-            h = mixer(h, state, f"{name}.attention", config)
+            h = mixer(h, state, f"{name}.attention", config, ahead)
         else:
             h = attention(h, mask, state, f"{name}.attention", config)
         h = mlp(h, state, f"{name}.mlp", config)
     return h if config["monarch_mixer_sequence_mixing"] else h * mask[..., None]
 
 
-def masked_lm_logits(state, config, input_ids, mask):
-    h = encode(state, config, input_ids, mask)
+def masked_lm_logits(state, config, input_ids, mask, ahead=0):
+    """Logits; `ahead` is no part of the original: positions by which the mixers' short convolution is shifted."""
+    h = encode(state, config, input_ids, mask, ahead)
     h = gelu(linear(h, state, "cls.predictions.transform.dense"))
     h = layer_norm(h, state, "cls.predictions.transform.LayerNorm", 1e-12)
     return h @ state["cls.predictions.decoder.weight"].t() + state["cls.predictions.decoder.bias"]

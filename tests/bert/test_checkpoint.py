@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bert.checkpoint import load_original, to_original
+from bert.checkpoint import load_original, save_original, to_original
 from bert.errors import CheckpointError
 from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
 from tests.bert.test_modeling import CONFIGURATIONS, make_batch, make_config
@@ -171,6 +171,22 @@ def test_a_wrong_configuration_is_an_error(goldens, changes):
     config, _, weights = goldens("tiny_a")
     with pytest.raises(CheckpointError, match="does not fit"):
         load_original(weights, {**config, **changes}, "mlm")
+
+
+def test_a_centered_short_convolution_is_not_the_originals(goldens, tmp_path):
+    """Whose names and shapes it has: neither writing nor reading may take one for the other."""
+    config, _, weights = goldens("tiny_a")
+    model = M2BertForMaskedLM(make_config({"short_conv_centered": True}))
+    for refused in (
+        lambda: to_original(model),
+        lambda: save_original(model, tmp_path / "model.pt"),
+        lambda: load_original(weights, {**config, "short_conv_centered": True}, "mlm"),
+    ):
+        with pytest.raises(CheckpointError, match=r"short_conv_centered .* the original code's short convolution"):
+            refused()
+    assert not list(tmp_path.iterdir())
+    attention = make_config({"short_conv_centered": True, "monarch_mixer_sequence_mixing": False})
+    assert to_original(M2BertForMaskedLM(attention))  # which has none
 
 
 def test_copies_of_a_shared_tensor_must_agree(goldens):

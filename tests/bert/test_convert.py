@@ -372,6 +372,29 @@ def test_a_result_that_differs_is_not_kept(original, capsys, monkeypatch):
     assert not (folder / "hf").exists()
 
 
+def test_a_centered_short_convolution_is_exported_and_has_no_original(tmp_path, capsys):
+    hub = tmp_path / "hub"
+    model = M2BertForMaskedLM(M2BertConfig(**MODEL, short_conv_centered=True, mask_padding=True)).eval()
+    model.save_pretrained(hub)
+    assert run(hub, tmp_path / "hf", "--verify") == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["short_conv_centered"] is True
+    exported = load_exported(tmp_path / "hf", "M2BertForMaskedLM")
+    ids, mask = torch.randint(40, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 4:] = 0
+    found, expected = exported(ids, mask).logits, model(ids, mask).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(exported(ids[1:, :4]).logits[0], found[1, :4], rtol=0, atol=1e-5)  # without its padding
+    exported.config.short_conv_centered = False
+    causal = type(exported)(exported.config).eval()
+    causal.load_state_dict(exported.state_dict())
+    assert (causal(ids, mask).logits - expected).abs().max() > 1e-3
+    capsys.readouterr()
+    for source in (hub, tmp_path / "hf"):
+        assert run(source, tmp_path / "model.pt") == 2
+        assert "error: short_conv_centered is this project's own" in capsys.readouterr().err
+    assert not (tmp_path / "model.pt").exists()
+
+
 def test_a_stale_modelling_file_is_not_run(original, tmp_path):
     """Another version's, or one that somebody changed; the folder is converted all the same, with the current file."""
     folder, task, _ = original

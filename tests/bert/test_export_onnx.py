@@ -38,6 +38,7 @@ CAUSAL = (
         "hidden_size": 26,  # no multiple of the MLP's blocks
     },
 )
+CENTERED = (M2BertForMaskedLM, {"mask_padding": True, "short_conv_centered": True})
 ATTENTION = (
     M2BertForSequenceClassification,
     {"monarch_mixer_sequence_mixing": False, "use_monarch_mlp": False, "use_glu_mlp": False},
@@ -88,9 +89,9 @@ def check_everywhere(graph, model):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_ops_that_export_compute_the_same(masked, residual, bidirectional):
-    switches = {"mask_padding": masked, "residual_long_conv": residual, "bidirectional": bidirectional}
+@pytest.mark.parametrize("direction", [{"bidirectional": False}, {}, {"short_conv_centered": True}], ids=str)
+def test_ops_that_export_compute_the_same(masked, residual, direction):
+    switches = {"mask_padding": masked, "residual_long_conv": residual, **direction}
     for limit, additions in ((3, False), (40, True)):
         own = {"hyena_training_additions": additions, "max_position_embeddings": limit, "long_conv_l_max": limit}
         model = make(M2BertForMaskedLM, {**switches, **own})
@@ -116,8 +117,8 @@ def test_a_masked_model_converts_and_leaves_padding_out(tmp_path, monkeypatch, c
     assert torch.equal(before[mask == 1], after[mask == 1]) and not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("case", [CAUSAL, ATTENTION], ids=["causal", "attention"])
-def test_classifiers_export(case, tmp_path):
+@pytest.mark.parametrize("case", [CAUSAL, CENTERED, ATTENTION], ids=["causal", "centered", "attention"])
+def test_every_kind_exports(case, tmp_path):
     model, path = make(*case), tmp_path / "model.onnx"
     onnx.export_onnx(copy.deepcopy(model), path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]

@@ -137,8 +137,9 @@ def test_a_run_is_a_run_again(checkpoint, capsys):  # noqa: F811
     assert {path.name for path in folder.iterdir()} == {"data", LATEST_NAME, "longer"}  # nothing half-written
 
 
-def test_a_hugging_face_folder_is_one_again(tmp_path):
-    model = make_model()
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_hugging_face_folder_is_one_again(tmp_path, centered):
+    model = make_model(short_conv_centered=centered)
     model.save_pretrained(tmp_path / "old")
     (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": OLD}))
     assert extend(tmp_path / "old", 50, "keep-taps", tmp_path / "new") == tmp_path / "new"
@@ -146,6 +147,9 @@ def test_a_hugging_face_folder_is_one_again(tmp_path):
     for name, value in extend_state_dict(model.state_dict(), 50, "keep-taps").items():
         assert torch.equal(longer.state_dict()[name], value)
     assert longer.config.max_sequence_length == 50 and longer.config.mask_padding
+    assert longer.config.short_conv_centered is centered
+    ids = torch.randint(1, 50, (2, OLD))
+    torch.testing.assert_close(longer(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
     assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())["model_max_length"] == 50
 
 

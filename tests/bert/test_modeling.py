@@ -77,6 +77,29 @@ def test_logits_follow_the_original_equations(name, length):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 17])
+@pytest.mark.parametrize("additions", [False, True])
+def test_logits_with_a_centered_short_convolution(additions, length):
+    """Which the original has not: its equations with one position ahead."""
+    config = make_config({"short_conv_centered": True, "hyena_training_additions": additions, "hidden_size": 26})
+    model = M2BertForMaskedLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ids, mask = make_batch(config, length)
+    causal = M2BertForMaskedLM(make_config({**config.to_dict(), "short_conv_centered": False})).double().eval()
+    causal.load_state_dict(model.state_dict())
+    state = to_original(causal)
+    expected, others = (
+        original_equations.masked_lm_logits(state, config.to_dict(), ids, mask, ahead=ahead) for ahead in (1, 0)
+    )
+    with torch.no_grad():
+        logits = model(ids, mask).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+        torch.testing.assert_close(causal(ids, mask).logits, others, rtol=1e-5, atol=1e-6 * others.abs().max().item())
+    assert (expected - others).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"pool_all": True}, {"use_cls_token": True}], ids=["first", "mean", "cls_token"]
 )
@@ -296,9 +319,13 @@ def test_a_model_held_in_bf16_runs():
     assert (logits.float() - expected).norm() / expected.norm() < 0.05
 
 
-@pytest.mark.parametrize("name", ["paper", "attention_as_published"])
-def test_compiles_to_one_graph_and_only_once(name):
-    config = make_config({**CONFIGURATIONS[name], "mask_padding": True})
+@pytest.mark.parametrize(
+    "changes",
+    [CONFIGURATIONS["paper"], {"short_conv_centered": True}, CONFIGURATIONS["attention_as_published"]],
+    ids=["paper", "centered", "attention_as_published"],
+)
+def test_compiles_to_one_graph_and_only_once(changes):
+    config = make_config({**changes, "mask_padding": True})
     model = M2BertForMaskedLM(config)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -319,6 +346,9 @@ def test_compiles_to_one_graph_and_only_once(name):
         ({"hidden_dropout_prob": 1.0}, r"\[0, 1\)"),
         ({"num_hidden_layers": 0}, "at least 1"),
         ({"hidden_act": "relu"}, "gelu"),
+        ({"short_conv_centred": True}, "did you mean 'short_conv_centered'"),
+        ({"short_conv_centered": "yes"}, "short_conv_centered must be bool"),
+        ({"short_conv_centered": True, "bidirectional": False}, "short_conv_centered reads the next position"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(changes, message):

@@ -12,6 +12,7 @@ from tests.bert.test_modeling import SMALL
 MODELS = {
     "m2": ("m2_bert", {}),
     "m2_additions": ("m2_bert", {"hyena_training_additions": True, "hidden_size": 26}),
+    "m2_centered": ("m2_bert", {"short_conv_centered": True, "hidden_size": 26}),
     "m2_causal": ("m2_bert", {"bidirectional": False, "residual_long_conv": False}),
     "attention": ("attention_bert", {"hidden_size": 18}),
     "hugging_face": ("hf_bert", {}),
@@ -85,7 +86,7 @@ def test_a_padded_batch_is_its_rows(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["m2", "attention", "hugging_face"])
+@pytest.mark.parametrize("name", ["m2", "m2_centered", "attention", "hugging_face"])
 def test_in_bf16_up_to_its_own_rounding(name, device):
     model = make(name, device)
     rows, weights = make_rows(LENGTHS, model.config.hidden_size, device)

@@ -1,9 +1,12 @@
+import copy
 import math
 
 import pytest
 import torch
 
-from monarch_mixer import ImplicitFilter, MonarchSequenceMixer, reference
+from monarch_mixer import ImplicitFilter, MonarchSequenceMixer, reference, sequence_mixer
+from monarch_mixer.kernels import support
+from tests.monarch_mixer.kernels.support import relative_error
 
 
 def test_position_grid_and_decay():
@@ -103,6 +106,133 @@ def test_mixer_equals_its_parts_by_the_reference(length, bidirectional, residual
     if residual:
         y = y + reference.long_convolution(u, *mixer.residual_filter(length), mixer.residual_filter.skip)
     torch.testing.assert_close(mixer(x), mixer.output_projection(y))
+
+
+def assert_near(found, expected):
+    """Within 1e-5 of the norm; zeros, such as gradients of what a single position does not reach, are zeros."""
+    expected = expected.detach().double()
+    assert (found.detach().double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def centered_mixer_equations(mixer, x):
+    """The mixer with a centered short convolution as sums over positions, from its weights and its filters' taps."""
+    length, channels = x.shape[1:]
+
+    def convolve(u, implicit):
+        ahead, back = implicit(length)
+        rows = [
+            sum((ahead[t - s] if s <= t else back[s - t - 1]) * u[:, s] for s in range(length)) for t in range(length)
+        ]
+        return torch.stack(rows, 1) + implicit.skip * u
+
+    u = x
+    if mixer.norm is not None:
+        u = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5)
+        u = u * mixer.norm.weight + mixer.norm.bias
+    p = u @ mixer.input_projection.weight.t() + mixer.input_projection.bias
+    left, here, right = mixer.short_weight[:, 0].unbind(1)
+    rows = []
+    for t in range(length):
+        row = mixer.short_bias + here * p[:, t]
+        row = row + left * p[:, t - 1] if t > 0 else row
+        rows.append(row + right * p[:, t + 1] if t + 1 < length else row)
+    before, after, value = torch.stack(rows, 1).split(channels, -1)
+    y = after * convolve(before * value, mixer.filter)
+    if mixer.residual_filter is not None:
+        y = y + convolve(u, mixer.residual_filter)
+    return y @ mixer.output_projection.weight.t() + mixer.output_projection.bias
+
+
+@pytest.mark.parametrize("form", [{}, {"layer_norm": True}, {"residual_convolution": False}], ids=str)
+@pytest.mark.parametrize("length", [1, 2, 3, 17])
+def test_a_centered_mixer_follows_its_equations(length, form):
+    """Outputs and every gradient, in fp64 and, nearly, in fp32, which takes other methods."""
+    mixer = MonarchSequenceMixer(5, 17, filter_order=7, short_convolution_centered=True, **form).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(3, length, 5, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn_like(x)
+    leaves = [x, *mixer.parameters()]
+    expected = centered_mixer_equations(mixer, x)
+    wanted = torch.autograd.grad(expected, leaves, cotangent, allow_unused=True, materialize_grads=True)
+    y = mixer(x)
+    got = torch.autograd.grad(y, leaves, cotangent, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(y, expected)
+    for gradient, exact in zip(got, wanted, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-9, atol=1e-9)
+    single, single_x = copy.deepcopy(mixer).float(), x.detach().float().requires_grad_()
+    y = single(single_x)
+    assert_near(y, expected)
+    got = torch.autograd.grad(
+        y, [single_x, *single.parameters()], cotangent.float(), allow_unused=True, materialize_grads=True
+    )
+    for gradient, exact in zip(got, wanted, strict=True):
+        assert_near(gradient, exact)
+
+
+def test_a_centered_mixer_has_the_same_parameters_and_is_another_function():
+    causal = MonarchSequenceMixer(4, 16, filter_order=8)
+    centered = MonarchSequenceMixer(4, 16, filter_order=8, short_convolution_centered=True)
+    assert [(name, value.shape) for name, value in causal.state_dict().items()] == [
+        (name, value.shape) for name, value in centered.state_dict().items()
+    ]
+    centered.load_state_dict(causal.state_dict())
+    x = torch.randn(2, 9, 4)
+    assert relative_error(centered(x), causal(x).double()) > 1e-2
+
+
+def test_a_causal_mixer_has_no_centered_short_convolution():
+    with pytest.raises(ValueError, match="next position"):
+        MonarchSequenceMixer(4, 16, bidirectional=False, short_convolution_centered=True)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 17])
+def test_a_centered_mixer_leaves_padding_out(length):
+    """Whatever it holds: outputs at real positions, and gradients of a loss on them, are those of each row alone."""
+    mixer = MonarchSequenceMixer(5, 20, filter_order=8, layer_norm=True, short_convolution_centered=True)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    lengths = [length, max(1, length - 2), 1]
+    rows = [torch.randn(1, n, 5) for n in lengths]
+    cotangents = [torch.randn_like(row) for row in rows]
+    leaves = list(mixer.parameters())
+
+    def gradients(outputs):
+        total = sum((y * c).sum() for y, c in zip(outputs, cotangents, strict=True))
+        return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+
+    alone = [mixer(row) for row in rows]
+    expected = gradients(alone)
+    for width in (length, length + 1, length + 3):
+        x = 30 * torch.randn(3, width, 5)
+        for index, row in enumerate(rows):
+            x[index, : row.shape[1]] = row[0]
+        x.requires_grad_()
+        y = mixer(x, lengths=torch.tensor(lengths, dtype=torch.int32))
+        outputs = [y[index : index + 1, :n] for index, n in enumerate(lengths)]
+        for found, wanted in zip(outputs, alone, strict=True):
+            assert_near(found, wanted)
+        for found, wanted in zip(gradients(outputs), expected, strict=True):
+            assert_near(found, wanted)
+    # Taken for text it shows, of the first row in its last position too.
+    assert relative_error(mixer(x)[:1, length - 1 : length], alone[0][:, -1:].double()) > 1e-2
+
+
+def test_a_centered_mixer_runs_without_kernels_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(support, "_logged", set())
+    asked = support._supported
+    # As on a GPU, which is what the first two conditions of the dispatch ask.
+    monkeypatch.setattr(sequence_mixer, "kernels_apply", lambda x, dtype, lacking=None: asked(0, dtype, lacking))
+    taken = []
+    monkeypatch.setattr(MonarchSequenceMixer, "_forward_kernels", lambda self, x, *_: taken.append(1) or x)
+    x = torch.randn(2, 9, 4)
+    MonarchSequenceMixer(4, 16, filter_order=8)(x)
+    assert taken == [1] and not caplog.records
+    for _ in range(2):
+        MonarchSequenceMixer(4, 16, filter_order=8, short_convolution_centered=True)(x)
+    assert taken == [1] and len(caplog.records) == 1
+    assert "without its Triton kernels" in caplog.text and "causal short convolution alone" in caplog.text
 
 
 def test_a_causal_mixer_sees_no_future_and_a_bidirectional_one_does():

@@ -76,15 +76,25 @@ def test_too_few_taps_are_an_error():
             long_convolution(*arguments)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 50])
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 50])
+@pytest.mark.parametrize("ahead", [0, 1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_short_convolution_outputs_and_gradients(length, compiled, monkeypatch):
+def test_short_convolution_outputs_and_gradients(length, ahead, compiled, monkeypatch):
     if compiled:  # the branch a compiler traces
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    inputs = [torch.randn(s, dtype=torch.float64) for s in ((2, length, 6), (6, 1, 3), (6,))]
-    expected = outputs_and_gradients(reference.short_convolution, inputs)
-    for actual, wanted in zip(outputs_and_gradients(short_convolution, inputs), expected, strict=True):
+    inputs = [torch.randn(s, dtype=torch.float64) for s in ((2, length, 7), (7, 1, 3), (7,))]
+    expected = outputs_and_gradients(lambda *given: reference.short_convolution(*given, ahead), inputs)
+    found = outputs_and_gradients(lambda *given: short_convolution(*given, ahead), inputs)
+    for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("convolution", [short_convolution, reference.short_convolution])
+def test_short_convolution_reads_what_it_says(convolution):
+    x = torch.tensor([1.0, 10.0, 100.0, 1000.0])[None, :, None]
+    taps, bias = torch.tensor([[[2.0, 3.0, 5.0]]]), torch.tensor([0.5])
+    assert convolution(x, taps, bias).flatten().tolist() == [5.5, 53.5, 532.5, 5320.5]
+    assert convolution(x, taps, bias, 1).flatten().tolist() == [53.5, 532.5, 5320.5, 3200.5]
 
 
 @pytest.mark.parametrize("case", ["fftconv0", "fftconv1"])

@@ -20,6 +20,8 @@ _T = TypeVar("_T")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Ampere, the first with bf16 and asynchronous copies. The kernels are tuned on, and were run on, Hopper (9.0).
 MIN_CAPABILITY = (8, 0)
+# What `kernels_apply` is told, and the log says, of a sequence mixer that has none.
+NO_CENTERED_SHORT_CONVOLUTION = "the sequence mixer's know the causal short convolution alone, not a centered one"
 
 _state = {"enabled": True}
 _logged: set[str] = set()
@@ -41,12 +43,13 @@ def kernels_enabled() -> bool:
     return _state["enabled"]
 
 
-def kernels_apply(x: Tensor, dtype: torch.dtype) -> bool:
+def kernels_apply(x: Tensor, dtype: torch.dtype, lacking: str | None = None) -> bool:
     """Say whether an op on `x`, computed in `dtype`, runs as Triton kernels.
 
-    Where the device or the dtype is not supported the reference runs, and the log says so once.
+    Where the device or the dtype is not supported, or the op itself (`lacking` says why), the reference runs, and the
+    log says so once.
     """
-    return kernels_enabled() and x.is_cuda and _supported(x.device.index or 0, dtype)
+    return kernels_enabled() and x.is_cuda and _supported(x.device.index or 0, dtype, lacking)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -57,7 +60,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 @torch.compiler.assume_constant_result
-def _supported(device: int, dtype: torch.dtype) -> bool:
+def _supported(device: int, dtype: torch.dtype, lacking: str | None) -> bool:
     capability = torch.cuda.get_device_capability(device)
     if importlib.util.find_spec("triton") is None:
         reason = "Triton is not installed"
@@ -65,6 +68,8 @@ def _supported(device: int, dtype: torch.dtype) -> bool:
         reason = f"compute capability {capability[0]}.{capability[1]} is under {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
     elif dtype not in DTYPES:
         reason = f"there are none for {dtype}"
+    elif lacking is not None:
+        reason = lacking
     else:
         return True
     if reason not in _logged:
