@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -61,11 +62,19 @@ def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         arguments: of the command, its script first; None: this process's.
     """
     return {
-        "command": " ".join(["python", *map(_shortened, sys.argv if arguments is None else arguments)]),
+        "command": shlex.join(["python", *map(_shortened, _started_as() if arguments is None else arguments)]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": versions(),
     }
+
+
+def _started_as() -> list[str]:
+    """The arguments of Python that started this process: a script, or -m and a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or spec.origin != sys.argv[0]:
+        return sys.argv
+    return ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
 
 
 def _shortened(part: str) -> str:

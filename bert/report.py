@@ -105,7 +105,19 @@ def _spread(values: Sequence[float | None], form: str, factor: float = 1.0) -> s
 
 def pretraining_table(study: StudyResults) -> Rows:
     """A header, and a line a job: mean ± standard deviation over its seeds."""
-    head = ["run", "parameters", "rate", "seeds", "steps", "tokens", "loss", "accuracy", "tokens/s", "MFU", "minutes"]
+    head = [
+        "run",
+        "parameters",
+        "learning rate",
+        "seeds",
+        "steps",
+        "tokens",
+        "loss",
+        "accuracy",
+        "tokens/s",
+        "MFU",
+        "minutes",
+    ]
     rows = [[*head, f"the paper's {PAPER_TOKENS / 1e9:.1f} B tokens on {PAPER_DEVICES}"]]
     for job, runs in study.by_job().items():
         first = runs[0]
