@@ -406,7 +406,9 @@ class Study:
             "outcome": outcome,
             "commit": self.commit,
         }
-        if plan.config is not None:
+        if self._finished(progress) is not None:
+            pass  # made again for its weights: the first result stays, and so does what follows from its figures
+        elif plan.config is not None:
             with torch.device("meta"):
                 parameters = count_parameters(builders.build_model(plan.config))
             record = pretraining_record(plan.config, parameters)

@@ -147,9 +147,12 @@ def test_results_travel_and_checkpoints_are_made_again_only_where_they_are_neede
         subprocess.run(["rm", "-r", folder], check=True)
     assert main([str(place.write(JOBS))]) == 0
     assert place.calls() == []
+    path = place.folder / "results/s/base-seed-1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "minutes": 99}))
     more = {**JOBS, "again": {"glue": "glue.yaml", "checkpoint": "base", "set": {"epochs": 2}}}
     assert main([str(place.write(more))]) == 0
     assert place.calls() == ["base-seed-1", "again"]
+    assert place.result("base-seed-1")["minutes"] == 99  # what followed from the first result still does
 
 
 def test_a_changed_recipe_is_run_again_with_what_follows(place: Place) -> None:
