@@ -398,6 +398,7 @@ def _check_cache_limit(dataset: StreamingTextDataset, config: LoaderConfig, batc
     at_a_time = (block * parts + ahead) // min(shard.samples for shard in shards) + 2 * parts + readers
     largest = max(shard.get_max_size() for shard in shards)
     needed = min(at_a_time * largest, sum(shard.get_persistent_size(data.keep_zip) for shard in shards) + largest)
+    needed += sum(stream.get_index_size() for stream in dataset.streams)  # streaming counts them too
     if int(dataset.cache_limit) < needed:
         raise DataError(
             f"dataset.cache_limit is {int(dataset.cache_limit):,} bytes, and {needed:,} are read at a time "

@@ -184,6 +184,7 @@ def test_a_cache_too_small_for_what_is_read_at_a_time_is_refused(whole: Path, tm
     enough = int(str(raised.value).split(" are read")[0].split()[-1].replace(",", ""))
     options = {"remote": str(whole), "cache_limit": enough, "shuffle": True}
     assert len(batches(tmp_path / "cache2", **options)) == 12
+    assert len(list((tmp_path / "cache2" / "train").glob("*.mds"))) == len(list((whole / "train").glob("*.mds")))
     with pytest.raises(DataError, match="delete its shards"):
         batches(whole, cache_limit="1mb")
     link = tmp_path / "link"
