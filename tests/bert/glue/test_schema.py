@@ -22,7 +22,16 @@ RECIPES = {"m2-base", "m2-base-960", "m2-large-260m", "m2-large-341m", "bert-bas
 
 
 def test_no_recipe_is_missing_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == RECIPES | {"m2-small", "superglue"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == RECIPES | {"m2-small", "superglue", "any-run"}
+
+
+def test_the_recipe_for_any_run_asks_for_no_other_model_and_gives_all_tasks_one_grid() -> None:
+    config = load_config(FOLDER / "any-run.yaml")
+    plans = check_config(config)
+    assert {plan.name for plan in plans} == {"cola", "sst2", "mrpc", "stsb", "rte"}
+    assert config.model.name is None and all(plan.start_from is None for plan in plans)
+    assert len({str([point for point, _ in plan.points]) for plan in plans}) == 1 and len(plans[0].points) == 3
+    assert all(len(plan.seeds) == 3 for plan in plans)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
