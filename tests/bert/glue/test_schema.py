@@ -26,7 +26,7 @@ def test_no_recipe_is_missing_here() -> None:
 
 
 def test_the_recipe_for_any_run_asks_for_no_other_model_and_gives_all_tasks_one_grid() -> None:
-    config = load_config(FOLDER / "any-run.yaml")
+    config = load_config(FOLDER / "any-run.yaml", ["checkpoint=runs/x"])
     plans = check_config(config)
     assert {plan.name for plan in plans} == {"cola", "sst2", "mrpc", "stsb", "rte"}
     assert config.model.name is None and all(plan.start_from is None for plan in plans)
