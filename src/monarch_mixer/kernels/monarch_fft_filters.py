@@ -76,7 +76,7 @@ def _spectrum_kernel(
     block: tl.constexpr = ROWS * COLUMNS
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    step: tl.constexpr = min(32, ROWS)
+    step: tl.constexpr = 32 if ROWS > 32 else ROWS
     base = taps_ptr + channel * (2 * length - 1) + length - 1
     first_lag = (distance - num_distances // 2) * block
     # The rows of the upper half of time are those of the lower, a quarter turn on: (-1)**k1 with cos and sin swapped.
@@ -119,7 +119,7 @@ def _taps_gradient_kernel(
     block: tl.constexpr = ROWS * COLUMNS
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    step: tl.constexpr = min(32, ROWS)
+    step: tl.constexpr = 32 if ROWS > 32 else ROWS
     _, _, cos2, sin2, negative2 = matrices(tables_ptr, ROWS, COLUMNS)
     twiddle_cos, twiddle_sin = twiddles(twiddle_ptr, ROWS, COLUMNS, COLUMNS)
     n = row[:, None] * COLUMNS + column[None, :]
