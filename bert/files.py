@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bert.errors import DataError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -31,18 +33,30 @@ def written_whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file."""
-    with written_whole(path, shared=True) as temporary:
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Write a text file; `shared` as in `written_whole`."""
+    with written_whole(path, shared=shared) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
+def write_json(path: Path, values: Any, *, shared: bool = False) -> None:
+    """Write a JSON file; `shared` as in `written_whole`."""
+    write_text(path, json.dumps(values, indent=2) + "\n", shared=shared)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Draw a figure of matplotlib as PNG."""
-    with written_whole(path, shared=True) as temporary:
+    with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -91,5 +91,6 @@ THROUGHPUT = {
 OUT_OF_MEMORY = Figure(None, f"out of memory ({TOGETHER})")
 
 STEPS = Figure(70_000, "m2 yamls/pretrain: 286,720,000 samples in batches of 4,096")
+POSITIONS = 286_720_000 * 128  # of the samples of those steps
 TOKENS = Figure(36.5e9, "the authors' blog: 36.5B tokens of C4")
 DEVICE_HOURS = {"hf-bert-base": Figure(8 * 11.5, "MosaicML examples README: about 11.5 h on 8 A100 to GLUE 83.3")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import sys
@@ -14,14 +13,12 @@ from typing import Any
 
 from bert import published
 from bert.errors import DataError, RecipeError
-from bert.files import save_figure, write_text
+from bert.files import read_json, save_figure, write_text
 from bert.glue.metrics import columns
-from bert.glue.report import markdown
+from bert.text_tables import Rows, markdown
 
 log = logging.getLogger(__name__)
 
-Rows = list[list[str]]
-PAPER_TOKENS = 286_720_000 * 128  # positions of the paper's pretraining
 PAPER_DEVICES = 8
 CONVENTION = "paper"  # of the columns of GLUE
 
@@ -86,10 +83,7 @@ def read_studies(results: Path) -> list[StudyResults]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no object")
     return content
@@ -105,26 +99,15 @@ def _spread(values: Sequence[float | None], form: str, factor: float = 1.0) -> s
 
 def pretraining_table(study: StudyResults) -> Rows:
     """A header, and a line a job: mean ± standard deviation over its seeds."""
-    head = [
-        "run",
-        "parameters",
-        "learning rate",
-        "seeds",
-        "steps",
-        "tokens",
-        "loss",
-        "accuracy",
-        "tokens/s",
-        "MFU",
-        "minutes",
-    ]
-    rows = [[*head, f"the paper's {PAPER_TOKENS / 1e9:.1f} B tokens on {PAPER_DEVICES}"]]
+    head = ("run", "parameters", "learning rate", "seeds", "steps", "tokens", "loss", "accuracy", "tokens/s", "MFU")
+    whole = f"the paper's {published.POSITIONS / 1e9:.1f} B tokens on {PAPER_DEVICES}"
+    rows = [[*head, "minutes", whole]]
     for job, runs in study.by_job().items():
         first = runs[0]
         outcomes = {run["study"]["outcome"] for run in runs} - {"finished"}
         name = job + (f" ({', '.join(sorted(outcomes))})" if outcomes else "")
         speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"]]
-        hours = PAPER_TOKENS / (PAPER_DEVICES * statistics.fmean(speeds)) / 3600 if speeds else None
+        hours = published.POSITIONS / (PAPER_DEVICES * statistics.fmean(speeds)) / 3600 if speeds else None
         on_gpu = any(run["mfu"] is not None for run in runs)
         rows.append(
             [

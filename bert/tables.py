@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,13 +12,14 @@ from typing import Any
 
 from bert import published
 from bert.errors import DataError, RecipeError
-from bert.files import save_figure, write_json, write_text
+from bert.files import read_json, save_figure, write_json, write_text
 from bert.glue.metrics import AVERAGES
-from bert.glue.report import CONVENTIONS, markdown, print_table
+from bert.glue.report import CONVENTIONS
 from bert.provenance import provenance
 from bert.published import Figure
 from bert.recipe.dry_run import estimate
 from bert.recipe.schema import RECIPE_FOLDER, load_config
+from bert.text_tables import markdown, print_table
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def _glue_runs(results: Path) -> dict[str, dict[str, Any]]:
     """The sweeps' results by run_name."""
     runs: dict[str, dict[str, Any]] = {}
     for path in sorted([*results.glob("glue*.json"), *results.glob("*/*.json")]):
-        content = _read(path)
+        content = read_json(path)
         if isinstance(content, dict) and content.get("kind") == "glue":
             study = content.get("study")
             # A study's sweep stands beside the published figures of its recipe; the page of results says what it saw.
@@ -214,7 +214,7 @@ def _speeds(path: Path) -> dict[tuple[str, int], Ours]:
     if not path.exists():
         log.warning("%s is not there: its column stays empty", path)
         return {}
-    content = _read(path)
+    content = read_json(path)
     try:
         return {
             (row["model"], row["length"]): Ours(
@@ -225,13 +225,6 @@ def _speeds(path: Path) -> dict[tuple[str, int], Ours]:
         }
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is no benchmark of speed: it lacks {error}") from error
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def draw(table: PaperTable, path: Path) -> None:

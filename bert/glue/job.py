@@ -84,7 +84,7 @@ class JobSpec:
     def save(self) -> Path:
         """Write the specification into the job's folder and return its path."""
         path = self.folder / "job.json"
-        write_json(path, dataclasses.asdict(self))
+        write_json(path, dataclasses.asdict(self), shared=True)
         return path
 
     @classmethod
@@ -135,7 +135,7 @@ def run(spec: JobSpec) -> int:
                 code, reason = CRASHED, f"{type(error).__name__}: {error}"
                 log.exception("the job failed")
             log.error("%s", reason)
-            write_json(failure, {"reason": reason})
+            write_json(failure, {"reason": reason}, shared=True)
             return code
     except Timeout:
         return BUSY
@@ -442,7 +442,7 @@ def predict(spec: JobSpec) -> None:
             predictions[wanted["file"]] = [_prediction(row, spec.task, wanted["names"]) for row in values]
     finally:
         trainer.close()
-    write_json(spec.folder / FILES[TEST], {"made_from": spec.predictions, "predictions": predictions})
+    write_json(spec.folder / FILES[TEST], {"made_from": spec.predictions, "predictions": predictions}, shared=True)
 
 
 def _predicted_task(spec: JobSpec, prediction: Mapping[str, Any]) -> Task:

@@ -13,15 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
-
 from bert.files import write_json, write_text
 from bert.glue.job import FILES, TEST
 from bert.glue.metrics import AVERAGES, average, columns
 from bert.glue.schema import GlueConfig
 from bert.glue.state import DONE, Job, best_job, best_point
 from bert.provenance import provenance
+from bert.text_tables import Rows, markdown, print_table
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +99,6 @@ def _statistics(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}
 
 
-Rows = list[list[str]]
-
-
 def score_table(summary: Mapping[str, Any]) -> Rows:
     """A header, and a line a task and grid point, the best marked; in hundredths, mean ± deviation over seeds."""
     rows = [["task", "grid point", "seeds", "score", "metrics"]]
@@ -141,21 +136,6 @@ def _hundredths(values: Mapping[str, Any]) -> str:
     return text if values["std"] is None else f"{text} ± {100 * values['std']:.2f}"
 
 
-def markdown(rows: Rows) -> str:
-    """A table in Markdown."""
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [head, ["---"] * len(head), *body]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def print_table(rows: Rows, console: Console | None = None) -> None:
-    """Print a table to the terminal."""
-    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
-    for row in rows[1:]:
-        table.add_row(*row)
-    (console or Console()).print(table)
-
-
 def write(folder: Path, config: GlueConfig, summary: dict[str, Any], jobs: Sequence[Job]) -> None:
     """Print the tables and write results.md, .csv and .json, and with `test` the submission."""
     tables = [score_table(summary), average_table(summary)]
@@ -167,11 +147,11 @@ def write(folder: Path, config: GlueConfig, summary: dict[str, Any], jobs: Seque
         print_table(table)
     folder.mkdir(parents=True, exist_ok=True)
     title = f"# {config.run_name}: dev scores, in hundredths\n\n"
-    write_text(folder / "results.md", title + "\n".join(markdown(table) for table in tables))
-    write_text(folder / "results.csv", _csv(summary))
-    write_json(folder / "results.json", summary)
+    write_text(folder / "results.md", title + "\n".join(markdown(table) for table in tables), shared=True)
+    write_text(folder / "results.csv", _csv(summary), shared=True)
+    write_json(folder / "results.json", summary, shared=True)
     if config.output is not None:
-        write_json(Path(config.output), summary)
+        write_json(Path(config.output), summary, shared=True)
     if config.test:
         _write_submission(folder / "submission", jobs)
 
@@ -206,6 +186,6 @@ def _write_submission(folder: Path, jobs: Sequence[Job]) -> None:
     temporary = folder / f".submission.{os.getpid()}.tmp"
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for file_name, text in sorted(texts.items()):
-            write_text(folder / file_name, text)
+            write_text(folder / file_name, text, shared=True)
             archive.writestr(file_name, text)
     os.replace(temporary, folder / "submission.zip")

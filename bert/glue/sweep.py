@@ -13,11 +13,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ from bert.glue.schema import RECIPE_FOLDER, GlueConfig, Settings, check_config, 
 from bert.glue.state import BLOCKED, DONE, ELSEWHERE, FAILED, OPEN, QUEUED, RUNNING, WAITING, Job, best_job
 from bert.glue.tasks import TASKS, Task
 from bert.glue.view import View
+from bert.processes import signals_as_interrupts, visible_gpus
 
 log = logging.getLogger(__name__)
 
@@ -287,7 +286,7 @@ class Sweep:
 
     def work(self, console: Console) -> bool:
         """Run all jobs; return whether a signal stopped it."""
-        with View(self.jobs, console) as view, _signals_as_interrupts():
+        with View(self.jobs, console) as view, signals_as_interrupts():
             try:
                 self._release()
                 log.info("%d jobs in %s, %d at a time", len(self.jobs), self.folder, self.num_slots)
@@ -361,12 +360,11 @@ class Sweep:
 
 
 def _gpus(device: str | None) -> list[str]:
-    """What to set CUDA_VISIBLE_DEVICES to, a GPU; empty for the CPU. Does not initialise CUDA, for the forks' sake."""
-    count = 0 if device == "cpu" else torch.cuda.device_count()
-    if device == "gpu" and count == 0:
+    """The GPUs of the `device` key, as `visible_gpus` names them; empty for the CPU."""
+    gpus = [] if device == "cpu" else visible_gpus()
+    if device == "gpu" and not gpus:
         raise RecipeError("device=gpu, but torch sees no CUDA device: use device=cpu, or install a CUDA build of torch")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+    return gpus
 
 
 def _reason(spec: JobSpec, code: int | None) -> str:
@@ -408,21 +406,3 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:  # it died in between
         os._exit(1)
-
-
-@contextmanager
-def _signals_as_interrupts() -> Iterator[None]:
-    """SIGTERM stops the sweep as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: no signals there
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

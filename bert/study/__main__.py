@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from bert.errors import RecipeError
-from bert.glue.report import print_table
 from bert.study.runner import DONE, Study
 from bert.study.schema import load_study
+from bert.text_tables import print_table
 
 NOT_DONE = 75  # exit code: stopped before the end (EX_TEMPFAIL of sysexits.h)
 DESCRIPTION = """Run the jobs of a study that have no result yet, one on each GPU at a time, and write a JSON for each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,12 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from bert.errors import DataError, RecipeError, nearest
 from bert.files import write_json
 from bert.glue.schema import check_config as check_glue_config
 from bert.glue.schema import load_config as load_glue_config
-from bert.processes import signal_when_parent_ends
+from bert.processes import signal_when_parent_ends, signals_as_interrupts, visible_gpus
 from bert.provenance import commit, device_name, provenance
 from bert.recipe import builders
 from bert.recipe.resume import LATEST, run_folder
@@ -115,6 +114,8 @@ class Study:
                 builders.check_config(self._pretraining(run, {}, None)[0])
             elif run.config.glue is not None:
                 check_glue_config(load_glue_config(run.config.glue, self._glue_overrides(run, "runs/x")))
+            else:
+                self._command(run, None if run.config.checkpoint is None else "x", "x")
 
     def _of_job(self, job: str) -> list[Progress]:
         return [progress for progress in self.runs.values() if progress.run.job == job]
@@ -153,6 +154,10 @@ class Study:
         values = {**self.config.glue_set, **run.config.set, "run_name": self._name(run)}
         return as_overrides({**values, "checkpoint": checkpoint, "output": str(self._result(run))})
 
+    def _command(self, run: Run, checkpoint: str | None, folder: str) -> list[str]:
+        values = {"checkpoint": checkpoint, "output": self._result(run), "folder": folder}
+        return [_filled(part, values, run.name) for part in run.config.command or []]
+
     def _result(self, run: Run) -> Path | None:
         if run.config.command is not None:
             return self.config.results_folder / run.config.output if run.config.output else None
@@ -165,11 +170,9 @@ class Study:
             RecipeError: no run of the job that it takes its values from has come to a result.
         """
         job = run.config
-        start = self._of_job(job.checkpoint)[0] if job.checkpoint is not None else None
-        if start is not None and start.plan is None:
-            start.plan = self.plan(start.run)
-            if start.plan is None:
-                return None
+        start = None if job.checkpoint is None else self._planned(self._of_job(job.checkpoint)[0])
+        if job.checkpoint is not None and start is None:
+            return None
         if job.pretrain is not None:
             best, steps = self._best(run), self._steps(run)
             if best is None or steps == 0:
@@ -177,8 +180,7 @@ class Study:
             config, overrides = self._pretraining(run, best, steps)
             command = ["main.py", job.pretrain, *overrides]
             return Plan(command, recipe_hash(config), config, self._result(run), run_folder(config))
-        checkpoint = None if start is None or start.plan is None else str(start.plan.folder)
-        made_from = "" if start is None or start.plan is None else start.plan.key
+        checkpoint, made_from = (None, "") if start is None else (str(start.folder), start.key)
         if job.glue is not None:
             command = ["glue.py", job.glue, *self._glue_overrides(run, checkpoint or "null")]
         else:
@@ -186,8 +188,7 @@ class Study:
         key = hashlib.sha256(json.dumps([made_from, command]).encode()).hexdigest()[:16]
         folder = Path("runs") / f"{self._name(run)}-{key[:6]}"
         if job.command is not None:
-            values = {"checkpoint": checkpoint, "output": self._result(run), "folder": folder}
-            command = [_filled(part, values, run.name) for part in command]
+            command = self._command(run, checkpoint, str(folder))
         return Plan(command, key, None, self._result(run), folder)
 
     def _best(self, run: Run) -> dict[str, Any] | None:
@@ -225,30 +226,30 @@ class Study:
 
     # --- what is done
 
+    def _planned(self, progress: Progress) -> Plan | None:
+        """The plan of a run; None while there is none, or where there cannot be one: starting it says why."""
+        if progress.plan is None:
+            with contextlib.suppress(RecipeError):
+                progress.plan = self.plan(progress.run)
+        return progress.plan
+
     def _finished(self, progress: Progress) -> dict[str, Any] | None:
         """The result of a run, where there is one and it is this run's; a diverged run is one too."""
-        plan = progress.plan = progress.plan or self.plan(progress.run)
+        plan = self._planned(progress)
         if plan is None:
             return None
-        path = plan.result or self._marker(progress.run)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            about = content["study"]
-            return content if about["key"] == plan.key and about["outcome"] != UNFINISHED else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        content = _result_of(plan.result or self._marker(progress.run), plan.key)
+        return None if content is None or content["study"]["outcome"] == UNFINISHED else content
 
     def _marker(self, run: Run) -> Path:
         return self.work_folder / "done" / f"{run.name}.json"
 
     def _has_folder(self, progress: Progress) -> bool:
         """Whether what others start from is there, and this run's."""
-        plan = progress.plan = progress.plan or self.plan(progress.run)
-        try:
-            key = json.loads(self._marker(progress.run).read_text(encoding="utf-8"))["study"]["key"]
-        except (OSError, ValueError, KeyError, TypeError):
+        plan = self._planned(progress)
+        if plan is None or not plan.folder.exists():
             return False
-        return plan is not None and key == plan.key and plan.folder.exists()
+        return _result_of(self._marker(progress.run), plan.key) is not None
 
     def _choose(self, jobs: set[str]) -> None:
         """Mark what is to be run: what has no result, and what leaves something that those start from.
@@ -289,18 +290,23 @@ class Study:
         deadline = None if seconds is None else time.monotonic() + seconds
         shown = time.monotonic()
         self._write_about()
-        with _signals_as_interrupts():
+        with signals_as_interrupts():
             try:
+                changed = True  # what can start depends on results: files are looked at when a run has ended alone
                 while self._open():
-                    self._start_runs()
+                    if changed:
+                        self._start_runs()
+                        changed = False
                     if not any(progress.process for progress in self.runs.values()):
-                        if not self._block():
-                            continue
-                        break
+                        if self._block():
+                            break
+                        changed = True
+                        continue
                     time.sleep(_POLL_SECONDS)
                     for progress in self.runs.values():
                         if progress.process is not None and progress.process.poll() is not None:
                             self._finish(progress)
+                            changed = True
                     if time.monotonic() - shown > _STATUS_SECONDS:
                         shown = time.monotonic()
                         self._say_status()
@@ -357,7 +363,7 @@ class Study:
                     stderr=subprocess.STDOUT,
                     env=environment,
                     start_new_session=True,
-                    preexec_fn=partial(signal_when_parent_ends, signal.SIGTERM),  # noqa: PLW1509  one thread here
+                    preexec_fn=partial(signal_when_parent_ends, signal.SIGTERM),  # noqa: PLW1509  calls prctl alone
                 )
             progress.state = RUNNING
 
@@ -461,20 +467,20 @@ class Study:
         """A header, and a line a run: its state and what it has come to."""
         rows = [["run", "state", "evaluation loss", "tokens/s", "minutes", ""]]
         for progress in self.runs.values():
-            result: dict[str, Any] = {}
-            if progress.plan is not None and progress.plan.result is not None and progress.plan.result.exists():
-                result = self._finished(progress) or {}
+            result = self._finished(progress) or {}
             columns = (("evaluation_loss", ".3f"), ("tokens_per_second", ",.0f"), ("minutes", ".1f"))
             cells = [f"{result[key]:{form}}" if result.get(key) else "" for key, form in columns]
             rows.append([progress.run.name, progress.state, *cells, progress.reason])
         return rows
 
 
-def visible_gpus() -> list[str]:
-    """What to set CUDA_VISIBLE_DEVICES to, a GPU; empty without one. Does not start CUDA in this process."""
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+def _result_of(path: Path, key: str) -> dict[str, Any] | None:
+    """Read a result or a marker; None where there is none, or it is of a run with another key."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if content["study"]["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _filled(part: str, values: dict[str, Any], run: str) -> str:
@@ -489,16 +495,3 @@ def _filled(part: str, values: dict[str, Any], run: str) -> str:
 def _last_line(path: Path) -> str:
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[-300:] if lines else "it said nothing"
-
-
-@contextmanager
-def _signals_as_interrupts() -> Iterator[None]:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -187,6 +187,15 @@ def test_a_failing_run_loses_itself_and_what_needs_it(
     assert place.calls() == ["base-seed-1", "timed", "on", "tasks", "command"]
 
 
+def test_a_search_without_a_result_blocks_what_takes_its_best(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    search = {**JOBS["search"], "grid": {"optimizer.lr": [10, 20]}}
+    path = str(place.write({"search": search, "base": JOBS["base"], "other": {"pretrain": "recipe.yaml"}}))
+    for calls in (["search-lr-10", "search-lr-20", "other"], []):  # the second time too
+        assert main([path]) == 1
+        assert place.calls() == calls
+    assert "base-seed-1: no run of search has an evaluation loss" in " ".join(caplog.text.split())
+
+
 def test_when_the_time_is_over_runs_stop_with_what_they_have_and_go_on(place: Place) -> None:
     path = str(place.write({"long": {"pretrain": "recipe.yaml", "set": {"max_duration": "40ba"}}}))
     (place.folder / "slow").touch()
