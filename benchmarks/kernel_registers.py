@@ -1,4 +1,4 @@
-"""Registers and spills of the long convolution's forward kernel for sequences of one block, without a GPU.
+"""Registers and spills of the long convolution's kernels for sequences of one block, without a GPU.
 
     python benchmarks/kernel_registers.py --blocks 4096,8192 --output results/kernel_registers.json
 
@@ -10,6 +10,7 @@ one, put it first on PYTHONPATH (`pip install --no-deps --target DIR triton==3.6
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -26,29 +27,37 @@ from machine import write_figures
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from monarch_mixer.kernels.monarch_fft_one_block import forward_kernel
+from monarch_mixer.kernels.monarch_fft_one_block import backward_kernel, forward_kernel
 from monarch_mixer.kernels.monarch_fft_tables import SHAPES
 
 DIVISIBLE = ("length", "plane", "channels")  # by 16, as the launcher finds them for most models
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
-def compiled(block: int, padded: bool) -> str:
-    """The PTX of the gated kernel with residual convolution in evaluation, of a length that fills its block."""
+# The gated kernels of a length that fills its block: forward in evaluation with the residual convolution, and backward.
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "forward": (forward_kernel, {"RESIDUAL": True, "SAVE_INNER": False, "inner_ptr": None}),
+    "backward": (backward_kernel, {"input_ptr": None, "grad_input_ptr": None}),
+}
+FP32 = ("parameters", "skip_ptr", "residual_skip_ptr", "grad_spectrum_ptr", "grad_skip_ptr")
+
+
+def compiled(kernel: str, block: int, padded: bool) -> str:
+    """The PTX of one of KERNELS."""
+    function, constants = KERNELS[kernel]
     shape = SHAPES[block]
-    constants: dict[str, Any] = {"GATED": True, "RESIDUAL": True, "SAVE_INNER": False, "PADDED": padded}
+    constants = {**constants, "GATED": True, "PADDED": padded, "MASKED": False, "PRECISION": "tf32"}
     constants |= {"ROWS": shape.rows, "COLUMNS": shape.columns, "SEQUENCES": shape.sequences, "KEEP": shape.keep}
-    constants |= {"MASKED": False, "PRECISION": "tf32", "inner_ptr": None}
-    pointers = dict.fromkeys(("parameters", "skip_ptr", "residual_skip_ptr"), "*fp32") | {"twiddle_ptr": "*fp16"}
+    pointers = dict.fromkeys(FP32, "*fp32") | {"twiddle_ptr": "*fp16"}
     if padded:
         pointers["lengths_ptr"] = "*i32"
     else:
         constants["lengths_ptr"] = None
-    names = forward_kernel.arg_names
+    names = function.arg_names
     pointers |= {n: "*bf16" for n in names if n.endswith("_ptr") and n not in pointers and n not in constants}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     source = ASTSource(
-        fn=forward_kernel,
+        fn=function,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers or n in DIVISIBLE},
@@ -76,12 +85,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     rows = []
-    print(f"Triton {triton.__version__}, sm_90\n{'block':>8} {'padding':>8} {'registers':>10} {'spilled, bytes':>15}")
-    for block in map(int, arguments.blocks.split(",")):
-        for padded in (False, True):
-            row = {"block": block, "padded": padded, **resources(compiled(block, padded))}
-            rows.append(row)
-            print(f"{block:8,} {'masked' if padded else '-':>8} {row['registers']:10} {row['spill_stores']:15}")
+    print(f"Triton {triton.__version__}, sm_90")
+    print(f"{'kernel':>8} {'block':>8} {'padding':>8} {'registers':>10} {'spilled, bytes':>15}")
+    for kernel, block, padded in itertools.product(KERNELS, map(int, arguments.blocks.split(",")), (False, True)):
+        row = {"kernel": kernel, "block": block, "padded": padded, **resources(compiled(kernel, block, padded))}
+        rows.append(row)
+        padding = "masked" if padded else "-"
+        print(f"{kernel:>8} {block:8,} {padding:>8} {row['registers']:10} {row['spill_stores']:15}")
     if arguments.output:
         write_figures(arguments.output, {"triton": triton.__version__, "target": "sm_90", "rows": rows})
 

@@ -20,7 +20,9 @@ def test_a_kernel_is_compiled_with_and_without_a_mask(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [row["padded"] for row in rows] == [False, True]
+    assert [(row["kernel"], row["padded"]) for row in rows] == [
+        (kernel, padded) for kernel in ("forward", "backward") for padded in (False, True)
+    ]
     assert all(64 < row["registers"] <= 255 and row["spill_stores"] >= 0 for row in rows)
     interpreted = {**environment, "TRITON_INTERPRET": "1"}
     refused = subprocess.run(command, capture_output=True, text=True, check=False, env=interpreted)

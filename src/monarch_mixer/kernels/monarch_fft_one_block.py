@@ -10,6 +10,7 @@ import triton.language as tl
 from monarch_mixer.kernels.gates import row_ends
 from monarch_mixer.kernels.monarch_fft_tiles import (
     filter_tile,
+    is_real,
     matrices,
     places,
     runs,
@@ -43,7 +44,8 @@ def forward_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     width: tl.constexpr = SEQUENCES * COLUMNS
     # The matrices stay on the chip through the loop. Twiddles and filters do where KEEP says so; else they come from
-    # the cache each time, and leave room for more programs.
+    # the cache for each transform: a long block has no registers for them beside its own values. The barriers keep the
+    # compiler from taking two loads of the same for one.
     cos, sin, cos2, sin2, negative2 = matrices(tables_ptr, ROWS, COLUMNS)
     if KEEP:
         twiddle_cos, twiddle_sin = twiddles(twiddle_ptr, ROWS, COLUMNS, width)
@@ -75,12 +77,14 @@ def forward_kernel(
             # Both gates are masked at once: each by itself takes registers that long blocks do not have.
             z = z.to(dtype)
             if PADDED:
-                z = tl.where(position < end, z, 0.0)
+                z = tl.where(is_real(end, ROWS, COLUMNS, SEQUENCES), z, 0.0)
             elif MASKED:
                 z = tl.where(valid, z, 0.0)
             real, imag = to_frequency(z, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION)
             if not KEEP:
                 k_real, k_imag = filter_tile(spectrum_ptr, skip_ptr, channel, ROWS, COLUMNS, SEQUENCES)
+                tl.debug_barrier()
+                twiddle_cos, twiddle_sin = twiddles(twiddle_ptr, ROWS, COLUMNS, width)
             inner = to_time(
                 real * k_real - imag * k_imag, real * k_imag + imag * k_real,
                 cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION,
@@ -95,12 +99,17 @@ def forward_kernel(
         if RESIDUAL:
             u = tl.load(input_ptr + offset, mask=valid, other=0.0)
             if PADDED:
-                u = tl.where(position < end, u, 0.0)
+                u = tl.where(is_real(end, ROWS, COLUMNS, SEQUENCES), u, 0.0)
+            if not KEEP:
+                tl.debug_barrier()
+                twiddle_cos, twiddle_sin = twiddles(twiddle_ptr, ROWS, COLUMNS, width)
             real, imag = to_frequency(u, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION)
             if not KEEP:
                 r_real, r_imag = filter_tile(
                     residual_spectrum_ptr, residual_skip_ptr, channel, ROWS, COLUMNS, SEQUENCES
                 )
+                tl.debug_barrier()
+                twiddle_cos, twiddle_sin = twiddles(twiddle_ptr, ROWS, COLUMNS, width)
             out += to_time(
                 real * r_real - imag * r_imag, real * r_imag + imag * r_real,
                 cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION,
@@ -149,6 +158,30 @@ def backward_kernel(
         run_sequence, run = runs(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES)
         run_valid = (run_sequence < batch) & (run >= 0)
         run_offset = run_sequence * length + run
+        if GATED:
+            before = stream(
+                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
+                False,
+            )  # fmt: skip
+            value = stream(
+                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
+                False,
+            )  # fmt: skip
+            x = before * value
+            if MASKED and not PADDED:
+                x = tl.where(valid, x, 0.0)
+        else:
+            x = tl.load(input_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+        if PADDED:
+            end = tl.load(lengths_ptr + group) if SEQUENCES == 1 else row_ends(lengths_ptr, sequence, batch)
+            x = tl.where(is_real(end, ROWS, COLUMNS, SEQUENCES), x, 0.0)
+        real, imag = to_frequency(
+            x.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
+        )
+        if not KEEP:
+            # What waits is kept short: x in its own dtype, the gates not at all.
+            x = x.to(dtype)
+            tl.debug_barrier()
         grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         if GATED:
             inner = tl.load(inner_ptr + offset, mask=valid, other=0.0).to(tl.float32)
@@ -157,27 +190,11 @@ def backward_kernel(
                 projected_ptr, 1, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
                 MASKED,
             )  # fmt: skip
-            # Where both are zero, so are their gradients.
-            end = row_ends(lengths_ptr, run_sequence, batch)[:, :, None] if PADDED else length
-            before = stream(
-                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, end, plane, parameters,
-                MASKED or PADDED,
-            )  # fmt: skip
-            value = stream(
-                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, end, plane, parameters,
-                MASKED or PADDED,
-            )  # fmt: skip
-            x = before * value
-        else:
-            x = tl.load(input_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-            if PADDED:
-                is_real = position < row_ends(lengths_ptr, sequence, batch)
-                x = tl.where(is_real, x, 0.0)
         # From the frequencies, as that of lag 0, this would carry the transforms' rounding, large against a small sum.
-        grad_skip += tl.sum(x * grad)
-        real, imag = to_frequency(
-            x.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
-        )
+        grad_skip += tl.sum(x.to(tl.float32) * grad)
+        if not KEEP:
+            tl.debug_barrier()
+            twiddle_cos, twiddle_sin = twiddles(twiddle_ptr, ROWS, COLUMNS, width)
         grad_real, grad_imag = to_frequency(
             grad.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
         )
@@ -196,15 +213,25 @@ def backward_kernel(
         tl.debug_barrier()
         if not KEEP:
             k_real, k_imag = filter_tile(spectrum_ptr, skip_ptr, channel, ROWS, COLUMNS, SEQUENCES)
+            twiddle_cos, twiddle_sin = twiddles(twiddle_ptr, ROWS, COLUMNS, width)
         grad_x = to_time(
             grad_real * k_real + grad_imag * k_imag, grad_imag * k_real - grad_real * k_imag,
             cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, dtype, PRECISION,
         )  # fmt: skip
+        if PADDED:
+            grad_x = tl.where(is_real(end, ROWS, COLUMNS, SEQUENCES), grad_x, 0.0)
         if GATED:
+            if not KEEP:
+                before = stream(
+                    projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
+                    False,
+                )  # fmt: skip
+                value = stream(
+                    projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
+                    False,
+                )  # fmt: skip
             tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=valid)
             tl.store(grad_short_ptr + plane + plane + offset, (grad_x * before).to(dtype), mask=valid)
         else:
-            if PADDED:
-                grad_x = tl.where(is_real, grad_x, 0.0)
             tl.store(grad_input_ptr + offset, grad_x.to(dtype), mask=valid)
     tl.store(grad_skip_ptr + channel * num_parts + part, grad_skip)

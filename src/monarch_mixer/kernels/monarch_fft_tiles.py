@@ -100,9 +100,9 @@ def matrices(tables_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def twiddles(twiddle_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Load cos and sin of the twiddle (ROWS, WIDTH), repeated for each sequence of a tile."""
+    """Load cos and sin of the twiddle (ROWS, WIDTH), repeated for each sequence of a tile, in the dtype of the table."""
     index = tl.arange(0, ROWS)[:, None] * COLUMNS + (tl.arange(0, WIDTH) % COLUMNS)[None, :]
-    return tl.load(twiddle_ptr + index).to(tl.float32), tl.load(twiddle_ptr + ROWS * COLUMNS + index).to(tl.float32)
+    return tl.load(twiddle_ptr + index), tl.load(twiddle_ptr + ROWS * COLUMNS + index)
 
 
 @triton.jit
@@ -136,6 +136,16 @@ def places(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.const
     column = tl.arange(0, SEQUENCES * COLUMNS)[None, :]
     position = tl.arange(0, ROWS)[:, None] * COLUMNS + column % COLUMNS
     return first + column // COLUMNS, position
+
+
+@triton.jit
+def is_real(end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr):
+    """Whether an element of such a tile comes before its sequence's `end`, a number or (1, width).
+
+    As a comparison of a column of numbers with a row of them, so that no position is kept in a register of its own.
+    """
+    column = tl.arange(0, SEQUENCES * COLUMNS)[None, :] % COLUMNS
+    return tl.arange(0, ROWS)[:, None] * COLUMNS < end - column
 
 
 @triton.jit
