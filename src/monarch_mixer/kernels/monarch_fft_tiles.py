@@ -100,7 +100,7 @@ def matrices(tables_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def twiddles(twiddle_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Load cos and sin of the twiddle (ROWS, WIDTH), repeated for each sequence of a tile, in the dtype of the table."""
+    """Load cos and sin of the twiddle (ROWS, WIDTH), for each sequence of a tile, in the table's dtype."""
     index = tl.arange(0, ROWS)[:, None] * COLUMNS + (tl.arange(0, WIDTH) % COLUMNS)[None, :]
     return tl.load(twiddle_ptr + index), tl.load(twiddle_ptr + ROWS * COLUMNS + index)
 

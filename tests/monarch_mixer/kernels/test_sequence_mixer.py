@@ -122,6 +122,7 @@ def draw_lengths(batch, length, device):
         (torch.bfloat16, 100, None, 4),
         (torch.float32, 150, None, 2),
         (torch.bfloat16, 131, None, 2),
+        (torch.bfloat16, 2100, 4096, 2),
         (torch.float32, 300, 256, 1),
     ],
 )
