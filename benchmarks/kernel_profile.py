@@ -161,9 +161,10 @@ def print_parts(parts: Sequence[Part], ceilings: Ceilings) -> None:
 
 def measure(args: argparse.Namespace, device: torch.device) -> tuple[Any, Times, float]:
     """Profile some calls; return the model's configuration, the kernels' times, and ms a call without profiler."""
-    from gpu_encoder import make_run  # one definition of a forward pass and of a training step
+    from gpu_encoder import make_run, modes_of  # one definition of a forward pass and of a training step
 
-    run, config = make_run(args.model, args.length, args, device)
+    mode = "eager" if args.no_compile else modes_of(args.model, ["default"])[0]
+    run, config = make_run(args.model, args.length, mode, args, device)
     for _ in range(3):
         common.once(run, device)
     ms = common.alternate({"run": run}, 1.0, device)["run"]

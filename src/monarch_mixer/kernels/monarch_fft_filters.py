@@ -54,8 +54,9 @@ def taps_gradient(grad_spectrum: Tensor, length: int, dtype: torch.dtype) -> Ten
     block = rows * columns
     out = support.empty(channels, 2 * length - 1, dtype=torch.float32, device=grad_spectrum.device)
     tables, twiddle = transform_tables(block, torch.float32, grad_spectrum.device)
-    _taps_gradient_kernel[(channels, num_distances + 1)](
-        grad_spectrum, tables, twiddle, out, length, num_distances, math.sqrt(block),
+    one_block = num_distances == 1
+    _taps_gradient_kernel[(channels, 1 if one_block else num_distances + 1)](
+        grad_spectrum, tables, twiddle, out, length, num_distances, math.sqrt(block), ONE_BLOCK=one_block,
         ROWS=rows, COLUMNS=columns, PRECISION=_filter_precision(dtype), num_warps=8, num_stages=1,
     )  # fmt: skip
     return out
@@ -111,9 +112,12 @@ def _spectrum_kernel(
 @triton.jit
 def _taps_gradient_kernel(
     spectrum_ptr, tables_ptr, twiddle_ptr, out_ptr, length, num_distances, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of `_spectrum_kernel`: `block` lags, from the gradients at the two distances that see them."""
+    """The adjoint of `_spectrum_kernel`: `block` lags, from the gradients at the two distances that see them.
+
+    ONE_BLOCK: there is one distance, which alone sees the lags before it and from it up; a program does both.
+    """
     channel = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1)  # lags from (first - 1 - num_distances // 2) * block up
     block: tl.constexpr = ROWS * COLUMNS
@@ -125,29 +129,36 @@ def _taps_gradient_kernel(
     n = row[:, None] * COLUMNS + column[None, :]
     sign = tl.where(row % 2 == 0, 1.0, -1.0)[:, None]
     source = spectrum_ptr + (channel * num_distances + first) * 2 * block + n
-    before = first >= 1
-    after = first < num_distances
+    after = (n >= 0) & (first < num_distances)
     past_real, past_imag = columns_to_time(
-        tl.load(source, mask=(n >= 0) & after, other=0.0), tl.load(source + block, mask=(n >= 0) & after, other=0.0),
+        tl.load(source, mask=after, other=0.0), tl.load(source + block, mask=after, other=0.0),
         twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, tl.float32, PRECISION,
     )  # fmt: skip
+    if ONE_BLOCK:
+        real, imag = past_real, past_imag
+    else:
+        before = (n >= 0) & (first >= 1)
+        real, imag = columns_to_time(
+            tl.load(source - 2 * block, mask=before, other=0.0), tl.load(source - block, mask=before, other=0.0),
+            twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, tl.float32, PRECISION,
+        )  # fmt: skip
     past_real *= sign
     past_imag *= sign
-    real, imag = columns_to_time(
-        tl.load(source - 2 * block, mask=(n >= 0) & before, other=0.0),
-        tl.load(source - block, mask=(n >= 0) & before, other=0.0),
-        twiddle_cos, twiddle_sin, cos2, sin2, negative2, ROWS, tl.float32, PRECISION,
-    )  # fmt: skip
     out = out_ptr + channel * (2 * length - 1) + length - 1
     for start in range(0, ROWS, step):
         time_row = start + tl.arange(0, step)
         cos = tl.load(tables_ptr + time_row[:, None] * ROWS + row[None, :])
         sin = tl.load(tables_ptr + ROWS * ROWS + time_row[:, None] * ROWS + row[None, :])
         n_out = time_row[:, None] * COLUMNS + column[None, :]
+        lag = (first - 1 - num_distances // 2) * block + n_out
         taps = dot(sin, past_real, None, PRECISION)
         taps = dot(cos, past_imag, taps, PRECISION)
         taps = tl.where(n_out > 0, taps, 0.0)
-        taps = dot(cos, real, taps, PRECISION)
+        if ONE_BLOCK:
+            tl.store(out + lag, taps * scale, mask=(n_out > 0) & (lag > -length))
+            taps = dot(cos, real, None, PRECISION)
+            lag = n_out
+        else:
+            taps = dot(cos, real, taps, PRECISION)
         taps = dot(sin, -imag, taps, PRECISION)
-        lag = (first - 1 - num_distances // 2) * block + n_out
         tl.store(out + lag, taps * scale, mask=(lag < length) & (lag > -length))

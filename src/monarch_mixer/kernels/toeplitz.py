@@ -72,21 +72,25 @@ def _forward_kernel(
         sequence = block * ROWS + row
         valid = (sequence < batch) & (position < length)
         offset = sequence * length
+        if PADDED:
+            real = position < row_ends(lengths_ptr, sequence, batch)
         out = tl.zeros([ROWS, BLOCK], tl.float32)
         if GATED:
             run_sequence = block * ROWS + run_row
             in_batch = (run_sequence < batch) & (run >= 0)
             run_place = run_sequence * length + run
             run_position = run + run_row * 0
-            end = row_ends(lengths_ptr, run_sequence, batch)[:, :, None] if PADDED else length
             z = short_convolve(
-                projected_ptr, run_place, run_position, in_batch, length, end, parameters, channel, PADDED
+                projected_ptr, run_place, run_position, in_batch, length, length, parameters, channel, False
             )
             z *= short_convolve(
-                projected_ptr + plane + plane, run_place, run_position, in_batch, length, end, parameters,
-                channel + 2 * channels, PADDED,
+                projected_ptr + plane + plane, run_place, run_position, in_batch, length, length, parameters,
+                channel + 2 * channels, False,
             )  # fmt: skip
-            inner = dot(z.to(dtype), matrix, None, PRECISION)
+            z = z.to(dtype)
+            if PADDED:
+                z = tl.where(real, z, 0.0)
+            inner = dot(z, matrix, None, PRECISION)
             if SAVE_INNER:
                 tl.store(inner_ptr + offset + position, inner.to(dtype), mask=valid)
             after = short_convolve(
@@ -97,7 +101,7 @@ def _forward_kernel(
         if RESIDUAL:
             u = tl.load(input_ptr + offset + position, mask=valid, other=0.0)
             if PADDED:
-                u = tl.where(position < row_ends(lengths_ptr, sequence, batch), u, 0.0)
+                u = tl.where(real, u, 0.0)
             out = dot(u, residual_matrix, out, PRECISION)
         tl.store(out_ptr + offset + position, out.to(dtype), mask=valid)
 
@@ -140,10 +144,11 @@ def _backward_kernel(
         offset = sequence * length
         here = offset + position
         grad = tl.load(grad_ptr + here, mask=valid, other=0.0)
+        if PADDED:
+            real = position < row_ends(lengths_ptr, sequence, batch)
         if RESIDUAL:
             u = tl.load(input_ptr + here, mask=valid, other=0.0)
             if PADDED:
-                real = position < row_ends(lengths_ptr, sequence, batch)
                 u = tl.where(real, u, 0.0)
             residual_products = dot(tl.trans(u), grad, residual_products, PRECISION)
             grad_input = dot(grad, residual_matrix, None, PRECISION)
@@ -163,18 +168,20 @@ def _backward_kernel(
                 channel + channels, False,
             )  # fmt: skip
             grad_inner = (grad.to(tl.float32) * after).to(dtype)
-            # Where both are zero, so are their gradients.
-            end = row_ends(lengths_ptr, run_sequence, batch)[:, :, None] if PADDED else length
             before = short_convolve(
-                projected_ptr, run_place, run_position, in_batch, length, end, parameters, channel, PADDED
+                projected_ptr, run_place, run_position, in_batch, length, length, parameters, channel, False
             )
             value = short_convolve(
-                projected_ptr + plane + plane, run_place, run_position, in_batch, length, end, parameters,
-                channel + 2 * channels, PADDED,
+                projected_ptr + plane + plane, run_place, run_position, in_batch, length, length, parameters,
+                channel + 2 * channels, False,
             )  # fmt: skip
             z = (before * value).to(dtype)
+            if PADDED:
+                z = tl.where(real, z, 0.0)
             products = dot(tl.trans(z), grad_inner, products, PRECISION)
             grad_z = dot(grad_inner, matrix, None, PRECISION)
+            if PADDED:
+                grad_z = tl.where(real, grad_z, 0.0)
             tl.store(grad_short_ptr + here, (grad_z * value).to(dtype), mask=valid)
             tl.store(grad_short_ptr + plane + plane + here, (grad_z * before).to(dtype), mask=valid)
     tile = ((channel * num_parts + part) * BLOCK + tl.arange(0, BLOCK)[:, None]) * BLOCK + position
