@@ -187,9 +187,12 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def allocated(device: torch.device) -> int:
-    """Return the bytes that tensors hold on the device."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+def reserved_gb(device: torch.device) -> float | None:
+    """Return what this process keeps of the device's memory, that of CUDA graphs too, in GB; None on a CPU.
+
+    Right after `free_memory` that is what lives; else the most there was since, as far as it was not given back.
+    """
+    return torch.cuda.memory_reserved(device) / 1e9 if device.type == "cuda" else None
 
 
 def peak_gb(function: Callable[[], Any], device: torch.device, base: int) -> float | None:

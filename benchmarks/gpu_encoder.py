@@ -105,13 +105,14 @@ def measure(length: int, args: argparse.Namespace, device: torch.device) -> list
     runs: dict[tuple[str, str], Run] = {}
     for name, mode in [(model, mode) for model in args.models for mode in modes_of(model, args.modes)]:
         row = rows[name, mode] = {"length": length, "model": name, "compile": mode}
-        base = common.allocated(device)
+        before = common.reserved_gb(device)
         try:
             run, _ = make_run(name, length, mode, args, device)
             row["first_call_s"] = common.once(run, device)
             for _ in range(WARM_UP_CALLS):
                 run()
-            row["peak_gb"] = common.peak_gb(run, device, base)
+            after = common.reserved_gb(device)
+            row["peak_gb"] = None if before is None or after is None else after - before
             runs[name, mode] = run
         except Exception as error:  # noqa: BLE001 - out of memory, or whatever a compiler raises: the rest goes on
             row["error"] = common.message(error)

@@ -21,6 +21,12 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Keep fp32 products fp32 on a GPU: Composer's trainer allows tf32 in its process, also after it has ended."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.fixture(scope="session")
 def goldens():
     """Load a golden case: its configuration, tensors and the path of its weights."""
