@@ -66,6 +66,7 @@ def error(value, expected):
 
 
 def assert_same(found, expected, tolerance):
+    """The largest difference of a hidden state, and the norm of each gradient's, by those of what is expected."""
     assert (found[0] - expected[0]).abs().max() <= tolerance * expected[0].abs().max()
     assert found[1].keys() == expected[1].keys()
     total = torch.cat([gradient.flatten() for gradient in expected[1].values()]).norm()
@@ -74,15 +75,27 @@ def assert_same(found, expected, tolerance):
         assert difference <= tolerance * max(gradient.norm(), 0.01 * total), name
 
 
+def assert_same_but_for_rounding(found, alone, exact):
+    """As far from fp32 as half precision is without padding too."""
+    assert error(found[0], exact[0]) < 1.5 * error(alone[0], exact[0]) < 0.1
+    of_found, of_alone = (
+        sum((gradients[name] - gradient).norm() ** 2 for name, gradient in exact[1].items())
+        for _, gradients in (found, alone)
+    )
+    assert of_found < 2 * of_alone
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_padded_batch_is_its_rows(name, device):
+    # On a GPU products of another shape are sums in another order, which filters' gradients (sines of sines) show.
+    tolerance = 1e-5 if device == "cpu" else 3e-5
     model = make(name, device)
     rows, weights = make_rows(LENGTHS, model.config.hidden_size, device)
     expected = run_alone(model, rows, weights)
     for width in (19, 20):
-        assert_same(run(model, rows, weights, width), expected, 1e-5)
-    assert_same(run(model, rows[:1], weights[:1], 17), run(model, rows[:1], weights[:1], 13), 1e-5)
+        assert_same(run(model, rows, weights, width), expected, tolerance)
+    assert_same(run(model, rows[:1], weights[:1], 17), run(model, rows[:1], weights[:1], 13), tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -91,15 +104,8 @@ def test_in_bf16_up_to_its_own_rounding(name, device):
     model = make(name, device)
     rows, weights = make_rows(LENGTHS, model.config.hidden_size, device)
     exact = run_alone(model, rows, weights)
-    alone, padded = (
-        run_alone(model, rows, weights, torch.bfloat16),
-        run(model, rows, weights, 20, torch.bfloat16),
-    )
-    assert error(padded[0], exact[0]) < 1.5 * error(alone[0], exact[0]) < 0.1
-    of_alone, of_padded = (
-        sum((run_[1][key] - gradient).norm() ** 2 for key, gradient in exact[1].items()) for run_ in (alone, padded)
-    )
-    assert of_padded < 2 * of_alone
+    alone = run_alone(model, rows, weights, torch.bfloat16)
+    assert_same_but_for_rounding(run(model, rows, weights, 20, torch.bfloat16), alone, exact)
 
 
 @pytest.mark.gpu
@@ -112,8 +118,11 @@ def test_long_batches_in_the_kernels(length, dtype):
     model = make("m2_additions", "cuda", **fields)
     lengths = (length - 3, length // 2, 1, length // 3 + 1)
     rows, weights = make_rows(lengths, 48, "cuda")
-    expected, found = run_alone(model, rows, weights, dtype), run(model, rows, weights, length, dtype)
-    assert_same(found, expected, 2e-5 if dtype is None else 3e-2)
+    exact, found = run_alone(model, rows, weights), run(model, rows, weights, length, dtype)
+    if dtype is None:
+        assert_same(found, exact, 2e-5)
+    else:
+        assert_same_but_for_rounding(found, run_alone(model, rows, weights, dtype), exact)
     model.eval()
     with torch.inference_mode():  # through the kept filters
         padded = model.base_model(

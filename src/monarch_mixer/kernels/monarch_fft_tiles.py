@@ -74,12 +74,22 @@ def to_time(
     real, imag, cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2,
     rows: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Transform back (the adjoint of `to_frequency`) to real sequences (rows, sequences * columns)."""
+    """Transform back (the adjoint of `to_frequency`) to real sequences (rows, sequences * columns).
+
+    A sequence's mean is sqrt(block) times as large among its frequencies, and must not leave fp16's range there.
+    """
+    down: tl.constexpr = 1 / 16 if dtype == tl.float16 else 1.0
+    if dtype == tl.float16:
+        real *= down
+        imag *= down
     real, imag = columns_to_time(
         real, imag, twiddle_cos, twiddle_sin, cos2, sin2, negative2, rows=rows, dtype=dtype, PRECISION=PRECISION
     )
     out = dot(cos, real.to(dtype), None, PRECISION)
-    return dot(sin, (-imag).to(dtype), out, PRECISION)
+    out = dot(sin, (-imag).to(dtype), out, PRECISION)
+    if dtype == tl.float16:
+        out *= 1 / down
+    return out
 
 
 @triton.jit

@@ -295,7 +295,10 @@ def _cached_operand(tensors: Sequence[Tensor], length: int, dtype: torch.dtype, 
     longest = min(-(-length // unit) * unit, tensors[0].shape[0])
 
     def make() -> Tensor:
-        made = operand(two_sided_taps([tensors], longest, frequency_scale)[0], dtype, method)
+        # Evaluated at all positions: to the last bit the same taps whatever the length.
+        most = tensors[0].shape[0]
+        taps = two_sided_taps([tensors], most, frequency_scale)[0, :, most - longest : most + longest - 1]
+        made = operand(taps, dtype, method)
         # Without a gradient to carry, a transform is worth no more than the products' own precision.
         return made if method == TOEPLITZ else made.to(dtype)
 

@@ -98,8 +98,17 @@ def test_sequences_of_several_blocks(device, dtype, length):
 
 @pytest.mark.parametrize("block", [1024, 2048, 4096, 8192])
 def test_every_block(device, block):
-    channels = 4096 // block + 1  # gradients of a few sums alone would be judged by how they cancel
+    channels = 4096 // block + 2  # gradients of a few sums alone would be judged by how they cancel
     check(make_inputs(channels, 1, block // 2 + 5, torch.bfloat16, device), torch.bfloat16, method=block)
+
+
+@pytest.mark.parametrize(("length", "method"), [(2100, 4096), (2100, 2048)])
+def test_a_mean_stays_within_the_range_of_fp16(device, length, method):
+    """Among the frequencies it is tens of times larger than among the results."""
+    inputs = make_inputs(2, 1, length, torch.float16, device, gated=False)
+    x, taps = inputs[4].detach().fill_(3), inputs[5].detach().fill_(1.5)
+    inputs[4], inputs[5] = x.requires_grad_(), taps.requires_grad_()
+    check(inputs, torch.float16, method=method)
 
 
 @pytest.mark.parametrize(("length", "method"), [(40, None), (300, None), (300, 256)])
