@@ -77,19 +77,17 @@ def _mix(bits):
 def kept(seed_ptr, rows, columns, DROP_BELOW: tl.constexpr):
     """Say which elements dropout keeps: a function of the 64-bit seed, the row (block and token) and the column.
 
-    Two words are drawn for each row; an element then costs one mixing, with the second word let in half-way, so that
-    two rows with the same first word differ.
+    Two words are drawn for each row; an element then costs one mixing, `_mix` but for its last step, which the upper
+    half of the bits does not see. The first step is the row's, since columns have 16 bits. The second word is let in
+    half-way, so that two rows with the same first word differ.
     """
     seed = tl.load(seed_ptr)
     first = _mix(rows.to(tl.uint32) ^ (seed & 0xFFFFFFFF).to(tl.uint32))
     second = _mix(first ^ (seed >> 32).to(tl.uint32))
-    bits = first[:, None] ^ columns.to(tl.uint32)[None, :]
-    bits = bits ^ (bits >> 16)
-    bits = bits * 0x7FEB352D ^ second[:, None]
+    first = first ^ (first >> 16)
+    bits = (first[:, None] ^ columns.to(tl.uint32)[None, :]) * 0x7FEB352D ^ second[:, None]
     bits = bits ^ (bits >> 15)
-    bits = bits * 0x846CA68B
-    bits = bits ^ (bits >> 16)
-    return bits >= DROP_BELOW
+    return bits * 0x846CA68B >= DROP_BELOW
 
 
 @triton.jit
