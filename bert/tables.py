@@ -24,7 +24,7 @@ from bert.text_tables import markdown, print_table
 log = logging.getLogger(__name__)
 
 MODELS = ("m2-base", "m2-base-960", "m2-large-260m", "m2-large-341m", "bert-base", "hf-bert-base")
-IN_STUDY = " in study "  # between a recipe and the study that ran it
+IN_STUDY = " in study "  # between what was fine-tuned and the study that did
 NO_FIGURE = Figure(None, "", confirmed=True)
 
 
@@ -201,8 +201,9 @@ def _glue_runs(results: Path) -> dict[str, dict[str, Any]]:
         content = read_json(path)
         if isinstance(content, dict) and content.get("kind") == "glue":
             study = content.get("study")
-            # A study's sweep stands beside the published figures of its recipe; the page of results says what it saw.
-            name = content["run_name"] if study is None else f"{study['recipe']}{IN_STUDY}{study['name']}"
+            # A study's sweep stands beside the published figures of the job that it starts from, which is named as the
+            # recipe that pretrained it; the page of results says what that saw.
+            name = content["run_name"] if study is None else f"{study['start']}{IN_STUDY}{study['name']}"
             if name in runs:
                 raise DataError(f"{path}: another file here has the run_name '{name}' too: rename or remove one")
             runs[name] = content
