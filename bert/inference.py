@@ -193,15 +193,19 @@ class LoadedModel:
         They are the ids of whole texts. Only so much of a long text is tokenised as gives more than `limit` tokens,
         where the tokenizer's tokens before a blank do not depend on what follows.
         """
-        divisible = _tokens_end_at_blanks(self.tokenizer.backend_tokenizer)
-        characters = _CHARACTERS * limit if divisible else sys.maxsize
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation or backend.padding or backend.encode_special_tokens:  # left by a call of the tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = False
+        characters = _CHARACTERS * limit if _tokens_end_at_blanks(backend) else sys.maxsize
         ids: list[list[int]] = [[] for _ in texts]
         rest: Sequence[int] = range(len(texts))
         while rest:
             parts = [_beginning(texts[index], characters) for index in rest]
-            rows = self.tokenizer(parts, return_token_type_ids=False, return_attention_mask=False, verbose=False)
-            for index, row in zip(rest, rows["input_ids"], strict=True):
-                ids[index] = row
+            # Not the tokenizer's own call, which computes offsets as well, and makes lists of masks.
+            for index, encoding in zip(rest, backend.encode_batch_fast(parts), strict=True):
+                ids[index] = encoding.ids
             # More than the limit, not as many: so it is known that the whole text has more too.
             rest = [
                 index
