@@ -8,13 +8,11 @@ through the library unchanged.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 _MAXIMUM_PIECES = 1 << 18  # about 60 MB in a process
 # Runs without blanks and ASCII punctuation, or one punctuation mark. Of the blanks only space, tab, line feed and
@@ -42,9 +40,8 @@ class DocumentEncoder:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        values = json.loads(tokenizer_json)
-        self._pieces = _Pieces(self._tokenizer) if _encodes_pieces_alone(values) else None
-        self._added = tuple(token["content"] for token in values["added_tokens"])
+        self._pieces = _Pieces(self._tokenizer) if encodes_pieces_alone(self._tokenizer) else None
+        self._added = tuple(token.content for token in self._tokenizer.get_added_tokens_decoder().values())
 
     def encode(self, texts: list[str]) -> Iterator[list[int]]:
         """Yield the token ids of each document."""
@@ -61,9 +58,14 @@ class DocumentEncoder:
                 yield list(chain.from_iterable(map(self._pieces.__getitem__, _PIECES.findall(text))))
 
 
-def _encodes_pieces_alone(tokenizer: dict[str, Any]) -> bool:
-    """Say whether the tokenizer with this JSON is BERT's, with added tokens that match only as they are written."""
-    kinds = {"normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer", "model": "WordPiece"}
-    if any((tokenizer[part] or {}).get("type") != kind for part, kind in kinds.items()):
-        return False
-    return not any(token["normalized"] for token in tokenizer["added_tokens"])
+def encodes_pieces_alone(tokenizer: Tokenizer) -> bool:
+    """Say whether a tokenizer is BERT's, with added tokens that match only as they are written.
+
+    Then the tokens of a text without added tokens are those of its pieces between blanks and punctuation marks.
+    """
+    return (
+        isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
+        and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+        and isinstance(tokenizer.model, models.WordPiece)
+        and not any(token.normalized for token in tokenizer.get_added_tokens_decoder().values())
+    )

@@ -7,9 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
-from bert import embed, load
+from bert import embed, inference, load
 from bert.checkpoint import to_original
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import train_wordpiece
@@ -82,6 +85,104 @@ def test_long_texts_are_cut_with_one_warning(folders, caplog):
         model.encode(["cat"], max_length=13)
     with pytest.raises(RecipeError, match="did you mean 'mean'"):
         model.encode(["cat"], pooling="meen")
+
+
+ADDED = {
+    "none": [],
+    "as written": [
+        AddedToken("[the]", normalized=False, lstrip=True),
+        AddedToken("[e.]", normalized=False, rstrip=True),
+        AddedToken("cd", normalized=False, single_word=True),
+    ],
+    "with a blank": [AddedToken("a b", normalized=False), AddedToken("[the\nend]", normalized=False)],
+    "normalized": [AddedToken("\u00e9", normalized=True, lstrip=True)],
+}
+ODD_TEXT = st.lists(
+    st.one_of(
+        st.text(max_size=6),
+        st.text("abcde", min_size=20, max_size=130),  # a word of more than 100 is unknown
+        st.text(" \n\t\r\x0b\x1c\x85\u00a0\u2028\u3000\u200b\0", max_size=30),
+        st.sampled_from(
+            ["the", "a", " b", " ", "\n", "cd", "[MASK]", "[SEP] ", "[MA SK]", "[the]", "[e.]", "[the\nend]"]
+        ),
+        st.sampled_from(
+            ["a b", "the cd", "e\u0301", "\u0301", " \u0301", "<\u0338", "\n\u0338", "ΑΣ", "Σ ", "İ", "日本", "日 the"]
+        ),
+    ),
+    max_size=20,
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Tokenizers by their added tokens; those of the last are not divided at blanks."""
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    letters = "abcdefghijklmnopqrstuvwxyzé\u03c3ς日.,[]<"
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{c}" for c in letters),
+        "the",
+        "##he",
+        "##cd",
+    ]
+    path.write_text("\n".join(words) + "\n", encoding="utf-8")
+    made = {}
+    for name, added in ADDED.items():
+        for lower in (True, False):
+            made[name, lower] = BertTokenizerFast(vocab_file=str(path), do_lower_case=lower)
+            made[name, lower].add_tokens(added)
+    made["other"] = BertTokenizerFast(vocab_file=str(path))
+    made["other"].backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(".", "removed")
+    return made
+
+
+NAMES = st.sampled_from([*((name, lower) for name in ADDED for lower in (True, False)), "other"])
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=ODD_TEXT, name=NAMES)
+def test_tokens_before_a_blank_do_not_depend_on_what_follows(tokenizers, text, name):
+    tokenizer = tokenizers[name]
+    divided = inference._tokens_end_at_blanks(tokenizer.backend_tokenizer)
+    assert divided == (name[0] in ("none", "as written"))
+    whole = tokenizer.encode(text, add_special_tokens=False)
+    for place in range(len(text) if divided else 0):
+        part = tokenizer.encode(inference._beginning(text, place), add_special_tokens=False)
+        assert whole[: len(part)] == part
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    texts=st.lists(ODD_TEXT, max_size=3),
+    limit=st.one_of(st.integers(2, 12), st.integers(2, 300)),
+    name=NAMES,
+    characters=st.integers(1, inference._CHARACTERS),
+)
+def test_the_ids_are_those_of_whole_texts(tokenizers, texts, limit, name, characters):
+    tokenizer = tokenizers[name]
+    whole = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    tokenizer("the", truncation=True, max_length=4, padding="max_length", split_special_tokens=True)  # leaves traces
+    model = LoadedModel(None, tokenizer, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "_CHARACTERS", characters)
+        found = model.tokenize(texts, limit)
+    assert found == [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in whole]
+    assert model.truncated == sum(len(ids) > limit for ids in whole)
+
+
+def test_of_a_long_text_only_the_beginning_is_tokenised(tokenizers, monkeypatch):
+    parts, beginning = [], inference._beginning
+    monkeypatch.setattr(inference, "_beginning", lambda *of: parts.append(beginning(*of)) or parts[-1])
+    words, blanks = "the end " * 10_000, "the" + " " * 1_000 + "the end " * 10_000
+    for name, lengths in (("as written", [600, 603, 1202]), ("with a blank", [len(blanks), len(words)])):
+        LoadedModel(None, tokenizers[name, True], torch.device("cpu")).tokenize([blanks, words], 100)
+        assert sorted(map(len, parts)) == sorted(lengths)
+        parts.clear()
 
 
 def test_batches_keep_to_the_budget_and_hold_every_text_once():
