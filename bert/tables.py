@@ -112,7 +112,11 @@ def glue(results: Path) -> PaperTable:
     others = [name for name in runs if name not in published.GLUE_AVERAGE]
     lines = []
     for name in (*published.GLUE_AVERAGE, *others):
-        recipe = name.partition(IN_STUDY)[0]
+        study = runs[name].get("study") if name in runs else None
+        # A study's sweep stands beside the published figures of the job that it starts from, where that is named as a
+        # model of the paper's, else of its own recipe.
+        known_as = (name,) if study is None else (study["start"], study["recipe"])
+        recipe = next((known for known in known_as if known in published.GLUE_AVERAGE), name)
         convention, average = published.GLUE_AVERAGE.get(recipe, ("paper", NO_FIGURE))
         run = runs.get(name)
         found = run["averages"][convention] if run else {"average": None, "columns": {}}
@@ -201,8 +205,7 @@ def _glue_runs(results: Path) -> dict[str, dict[str, Any]]:
         content = read_json(path)
         if isinstance(content, dict) and content.get("kind") == "glue":
             study = content.get("study")
-            # A study's sweep stands beside the published figures of the job that it starts from, which is named as the
-            # recipe that pretrained it; the page of results says what that saw.
+            # By what was fine-tuned: one recipe does that for all of a study.
             name = content["run_name"] if study is None else f"{study['start']}{IN_STUDY}{study['name']}"
             if name in runs:
                 raise DataError(f"{path}: another file here has the run_name '{name}' too: rename or remove one")
