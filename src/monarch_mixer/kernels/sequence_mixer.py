@@ -294,17 +294,15 @@ def _cached_operand(tensors: Sequence[Tensor], length: int, dtype: torch.dtype, 
     unit = toeplitz.MAX_LENGTH[dtype] if method == TOEPLITZ else method
     longest = min(-(-length // unit) * unit, tensors[0].shape[0])
 
-    def make() -> Tensor:
-        # Evaluated at all positions: to the last bit the same taps whatever the length.
-        most = tensors[0].shape[0]
-        taps = two_sided_taps([tensors], most, frequency_scale)[0, :, most - longest : most + longest - 1]
-        made = operand(taps, dtype, method)
+    def make(evaluated: int) -> Tensor:
+        taps = two_sided_taps([tensors], evaluated, frequency_scale)[0]
+        made = operand(taps[:, evaluated - longest : evaluated + longest - 1], dtype, method)
         # Without a gradient to carry, a transform is worth no more than the products' own precision.
         return made if method == TOEPLITZ else made.to(dtype)
 
     capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing and any(t.requires_grad for t in tensors):
-        return _first_lags(make(), longest, length, method)
+        return _first_lags(make(longest), longest, length, method)
     kept = _kept.setdefault(tensors[0], _Kept())
     # In-place updates raise a tensor's version, replacements change its address.
     weights = tuple((t.data_ptr(), t._version) for t in tensors)
@@ -313,7 +311,8 @@ def _cached_operand(tensors: Sequence[Tensor], length: int, dtype: torch.dtype, 
         kept.operands.clear()
     key = (longest, method, dtype, frequency_scale)
     if key not in kept.operands:
-        kept.operands[key] = outside_graphs(make, tensors[0].device)
+        # At all positions: whatever the length, the same taps to the last bit.
+        kept.operands[key] = outside_graphs(lambda: make(tensors[0].shape[0]), tensors[0].device)
         if len(kept.operands) > MAX_KEPT_OPERANDS:
             kept.operands.popitem(last=False)
     kept.operands.move_to_end(key)
