@@ -9,6 +9,7 @@ import triton.language as tl
 
 from monarch_mixer.kernels.gates import row_ends
 from monarch_mixer.kernels.monarch_fft_tiles import (
+    before_and_value,
     filter_tile,
     is_real,
     matrices,
@@ -66,16 +67,11 @@ def forward_kernel(
             run_sequence, run = runs(group * SEQUENCES, ROWS, COLUMNS, SEQUENCES)
             run_valid = (run_sequence < batch) & (run >= 0)
             run_offset = run_sequence * length + run
-            z = stream(
-                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
-                False,
-            )  # fmt: skip
-            z *= stream(
-                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
-                False,
-            )  # fmt: skip
+            before, value = before_and_value(
+                projected_ptr, channel, channels, run_offset, run, run_valid, length, plane, parameters
+            )
             # Both gates are masked at once: each by itself takes registers that long blocks do not have.
-            z = z.to(dtype)
+            z = (before * value).to(dtype)
             if PADDED:
                 z = tl.where(is_real(end, ROWS, COLUMNS, SEQUENCES), z, 0.0)
             elif MASKED:
@@ -159,14 +155,9 @@ def backward_kernel(
         run_valid = (run_sequence < batch) & (run >= 0)
         run_offset = run_sequence * length + run
         if GATED:
-            before = stream(
-                projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
-                False,
-            )  # fmt: skip
-            value = stream(
-                projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
-                False,
-            )  # fmt: skip
+            before, value = before_and_value(
+                projected_ptr, channel, channels, run_offset, run, run_valid, length, plane, parameters
+            )
             x = before * value
             if MASKED and not PADDED:
                 x = tl.where(valid, x, 0.0)
@@ -222,14 +213,9 @@ def backward_kernel(
             grad_x = tl.where(is_real(end, ROWS, COLUMNS, SEQUENCES), grad_x, 0.0)
         if GATED:
             if not KEEP:
-                before = stream(
-                    projected_ptr, 0, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
-                    False,
-                )  # fmt: skip
-                value = stream(
-                    projected_ptr, 2, channel, channels, run_offset, run, run_valid, length, length, plane, parameters,
-                    False,
-                )  # fmt: skip
+                before, value = before_and_value(
+                    projected_ptr, channel, channels, run_offset, run, run_valid, length, plane, parameters
+                )
             tl.store(grad_short_ptr + offset, (grad_x * value).to(dtype), mask=valid)
             tl.store(grad_short_ptr + plane + plane + offset, (grad_x * before).to(dtype), mask=valid)
         else:

@@ -141,6 +141,18 @@ def stream(
 
 
 @triton.jit
+def before_and_value(projected_ptr, channel, channels, offset, position, valid, length, plane, parameters):
+    """Return the two streams whose product enters the convolution; what is not valid is finite in them."""
+    before = stream(
+        projected_ptr, 0, channel, channels, offset, position, valid, length, length, plane, parameters, False
+    )
+    value = stream(
+        projected_ptr, 2, channel, channels, offset, position, valid, length, length, plane, parameters, False
+    )
+    return before, value
+
+
+@triton.jit
 def places(first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEQUENCES: tl.constexpr):
     """Return sequence and position of every element of a tile whose sequences start at `first`, (ROWS, width)."""
     column = tl.arange(0, SEQUENCES * COLUMNS)[None, :]
