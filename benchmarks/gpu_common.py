@@ -195,13 +195,13 @@ def reserved_gb(device: torch.device) -> float | None:
     return torch.cuda.memory_reserved(device) / 1e9 if device.type == "cuda" else None
 
 
-def peak_gb(function: Callable[[], Any], device: torch.device, base: int) -> float | None:
-    """Return the most memory held during a call, over `base` bytes, in GB; None on a CPU."""
+def peak_gb(function: Callable[[], Any], device: torch.device) -> float | None:
+    """Return the most memory that tensors held during a call, in GB; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
     once(function, device)
-    return (torch.cuda.max_memory_allocated(device) - base) / 1e9
+    return torch.cuda.max_memory_allocated(device) / 1e9
 
 
 @dataclass(frozen=True)

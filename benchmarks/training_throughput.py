@@ -210,7 +210,7 @@ def time_steps(
     first = common.once(step, device)
     for _ in range(args.warm_up):
         step()
-    peak = common.peak_gb(step, device, 0)
+    peak = common.peak_gb(step, device)
     return [common.once(step, device) for _ in range(args.steps)], first, peak
 
 

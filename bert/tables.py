@@ -206,7 +206,9 @@ def _glue_runs(results: Path) -> dict[str, dict[str, Any]]:
         if isinstance(content, dict) and content.get("kind") == "glue":
             study = content.get("study")
             # By what was fine-tuned: one recipe does that for all of a study.
-            name = content["run_name"] if study is None else f"{study['start']}{IN_STUDY}{study['name']}"
+            name = content["run_name"]
+            if study is not None:
+                name = f"{study['start'] or study['recipe']}{IN_STUDY}{study['name']}"
             if name in runs:
                 raise DataError(f"{path}: another file here has the run_name '{name}' too: rename or remove one")
             runs[name] = content

@@ -89,13 +89,14 @@ def test_glue_takes_results_in_the_convention_of_the_published_figure(tmp_path: 
     assert partial.figure == "CoLA"
     assert "NVIDIA H200, jobs not done, 2026" in partial.cells()[3]
     (tmp_path / "a_study").mkdir()
-    for start in ("m2-base", "my-pretraining"):  # one recipe fine-tunes both
+    for start in ("m2-base", "my-pretraining", None):  # one recipe fine-tunes all, the last from random weights
         study = {"name": "wikipedia", "recipe": "any-run", "start": start}
         (tmp_path / "a_study" / f"{start}-glue.json").write_text(json.dumps({**run, "study": study}))
     table = tables.glue(tmp_path)
     found = line(table, "m2-base in study wikipedia", "average")
     assert found.cells()[2].startswith("79.90") and found.cells()[3].startswith("80.10")
-    assert any(own.row.startswith("my-pretraining in study wikipedia") and own.ours is not None for own in table.lines)
+    for name in ("my-pretraining", "any-run"):
+        assert any(own.row.startswith(f"{name} in study wikipedia") and own.ours is not None for own in table.lines)
     (tmp_path / "glue_twice.json").write_text(json.dumps(own))
     with pytest.raises(DataError, match=r"glue_twice\.json: another file here has the run_name 'my-model' too"):
         tables.glue(tmp_path)

@@ -58,7 +58,7 @@ def short_convolve(ptr, offset, position, valid, length, end, parameters, row, M
         position: their first positions.
         valid: whether a run belongs to a sequence.
         length: positions of a sequence.
-        end: `length`, or what of it is real, for each sequence, (1, rows, 1) or (runs, 1, 1). Loads go by the length:
+        end: `length`, or what of it is real, where all runs are of one sequence. Loads go by the length:
             up to any other position they would be of single elements.
         parameters: (3 * channels, 5), a row for each channel: three taps, the bias of the convolution, and that of the
             linear map before it, which exists at real positions only and so is not added left of the first.

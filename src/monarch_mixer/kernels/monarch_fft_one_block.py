@@ -170,8 +170,6 @@ def backward_kernel(
             x.to(dtype), cos, sin, twiddle_cos, twiddle_sin, cos2, sin2, negative2, dtype, PRECISION
         )
         if not KEEP:
-            # What waits is kept short: x in its own dtype, the gates not at all.
-            x = x.to(dtype)
             tl.debug_barrier()
         grad = tl.load(grad_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         if GATED:
@@ -182,7 +180,7 @@ def backward_kernel(
                 MASKED,
             )  # fmt: skip
         # From the frequencies, as that of lag 0, this would carry the transforms' rounding, large against a small sum.
-        grad_skip += tl.sum(x.to(tl.float32) * grad)
+        grad_skip += tl.sum(x * grad)
         if not KEEP:
             tl.debug_barrier()
             twiddle_cos, twiddle_sin = twiddles(twiddle_ptr, ROWS, COLUMNS, width)
@@ -212,7 +210,7 @@ def backward_kernel(
         if PADDED:
             grad_x = tl.where(is_real(end, ROWS, COLUMNS, SEQUENCES), grad_x, 0.0)
         if GATED:
-            if not KEEP:
+            if not KEEP:  # kept through three transforms, they would be spilled
                 before, value = before_and_value(
                     projected_ptr, channel, channels, run_offset, run, run_valid, length, plane, parameters
                 )
