@@ -29,6 +29,7 @@ from synthetic_shards import SPECIAL_IDS, VOCABULARY, write_shards
 
 from bert.composer_models import forward_flops_per_token
 from bert.recipe import builders
+from bert.recipe.callbacks import GradientBuffers
 from bert.recipe.schema import TrainConfig, load_config
 from monarch_mixer.kernels import use_kernels
 
@@ -198,9 +199,12 @@ def time_steps(
         device.type, torch.bfloat16, enabled=device.type == "cuda" and config.precision == "amp_bf16"
     )
     count = args.batch // args.microbatch
+    buffers = GradientBuffers() if builders.uses_cuda_graphs(config) else None  # as the recipe does
 
     def step() -> None:
         for _ in range(count):
+            if buffers is not None:
+                buffers.provide(model)
             with autocast:
                 loss = compiled(batch)["loss"]
             (loss / count).backward()

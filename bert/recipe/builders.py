@@ -281,6 +281,13 @@ def compile_arguments(config: Sections) -> dict[str, Any] | None:
     return dict(arguments)
 
 
+def uses_cuda_graphs(config: Sections) -> bool:
+    """Whether the recipe's `compile` asks for CUDA graphs, in one of torch.compile's two ways."""
+    arguments = compile_arguments(config) or {}
+    options = arguments.get("options") or {}
+    return arguments.get("mode") in ("reduce-overhead", "max-autotune") or bool(options.get("triton.cudagraphs"))
+
+
 def build_model(config: TrainConfig) -> MaskedLanguageModel:
     """The masked language model with its loss and metrics, on the current default device."""
     return build(

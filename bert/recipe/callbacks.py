@@ -385,3 +385,49 @@ class RandomStateOnResume(Callback):
         if self._pending is not None:
             reproducibility.load_rng_state(self._pending)
             self._pending = None
+
+
+class GradientBuffers(Callback):
+    """Keep gradients in memory of their own, so that CUDA graphs work with several microbatches a step.
+
+    A compiled backward pass that is a CUDA graph writes its gradients to the same addresses each time. The first
+    microbatch's would become `.grad` without a copy, and the next one's replay would write over them (PyTorch refuses).
+    Where `.grad` is there already, autograd adds to it. One buffer holds all of a kind: zeroing it is one kernel.
+    """
+
+    _ALIGNMENT = 64  # elements: each gradient begins where the widest loads may
+
+    def __init__(self) -> None:
+        self._parameters: list[torch.nn.Parameter] = []
+        self._buffers: list[torch.Tensor] = []
+        self._gradients: list[torch.Tensor] = []  # a view for each parameter
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        """Before a batch's first microbatch: Composer has taken the gradients away."""
+        self.provide(state.model)
+
+    def provide(self, model: torch.nn.Module) -> None:
+        """Give every parameter of `model`, the same one each time, a gradient of zeros, unless they have theirs."""
+        if not self._buffers:
+            self._allocate(model)
+        if self._parameters[0].grad is not None:
+            return
+        for buffer in self._buffers:
+            buffer.zero_()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _allocate(self, model: torch.nn.Module) -> None:
+        kinds: dict[tuple[torch.dtype, torch.device], list[torch.nn.Parameter]] = {}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+        for (dtype, device), parameters in kinds.items():
+            sizes = [math.ceil(p.numel() / self._ALIGNMENT) * self._ALIGNMENT for p in parameters]
+            buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)
+            self._buffers.append(buffer)
+            self._parameters += parameters
+            self._gradients += [
+                part[: parameter.numel()].view(parameter.shape)
+                for part, parameter in zip(buffer.split(sizes), parameters, strict=True)
+            ]

@@ -31,7 +31,14 @@ from bert.errors import DataError, RecipeError, storage_failure
 from bert.files import write_text
 from bert.provenance import versions
 from bert.recipe import builders
-from bert.recipe.callbacks import RandomStateOnResume, RecipeRecord, SkipBatches, TrainingDivergedError, finite_only
+from bert.recipe.callbacks import (
+    GradientBuffers,
+    RandomStateOnResume,
+    RecipeRecord,
+    SkipBatches,
+    TrainingDivergedError,
+    finite_only,
+)
 from bert.recipe.data_parallel import compiled_graphs, set_gradient_reduction
 from bert.recipe.heartbeat import LOST_RANK_EXIT_CODE, Heartbeat, LostRankError
 from bert.recipe.resume import check_checkpoint, point_latest_to, run_folder, starting_point
@@ -198,6 +205,9 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
         if task is not None:
             task.save_tokenizer(folder)
     stop, heartbeat = StopOnSignal(), Heartbeat(config.heartbeat_timeout)
+    callbacks += [RecipeRecord(record), RandomStateOnResume(), SkipBatches(skipped), heartbeat, stop]
+    if builders.uses_cuda_graphs(config) and not config.parallelism_config:  # (sharded gradients are FSDP's own)
+        callbacks.append(GradientBuffers())
     with safe_loading():
         trainer = Trainer(
             model=_compiled(config, model),
@@ -205,7 +215,7 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
             optimizers=optimizer,
             schedulers=builders.build_scheduler(config),
             algorithms=builders.build_algorithms(config),
-            callbacks=[*callbacks, RecipeRecord(record), RandomStateOnResume(), SkipBatches(skipped), heartbeat, stop],
+            callbacks=callbacks,
             loggers=loggers,
             **_evaluation_arguments(config, eval_batch, task),
             **_trainer_arguments(config, device, device_batch, stop),

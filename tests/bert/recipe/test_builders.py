@@ -125,3 +125,17 @@ def test_build_hands_arguments_over(recipe: Recipe) -> None:
     assert isinstance(optimizer, DecoupledAdamW)
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
     assert optimizer.param_groups[0]["lr"] == 1e-2 and list(optimizer.param_groups[0]["betas"]) == [0.9, 0.98]
+
+
+@pytest.mark.parametrize(
+    ("compile_", "graphs"),
+    [
+        ("compile=true", False),
+        ("compile={mode: reduce-overhead}", True),
+        ("compile={mode: max-autotune-no-cudagraphs}", False),
+        ("compile={options: {triton.cudagraphs: true}}", True),
+        ("compile=false", False),
+    ],
+)
+def test_which_compilation_has_cuda_graphs(recipe: Recipe, compile_: str, graphs: bool) -> None:
+    assert builders.uses_cuda_graphs(load_config(recipe(), [compile_])) is graphs

@@ -18,6 +18,7 @@ from composer.utils import create_interval_scheduler
 
 from bert.errors import CheckpointError
 from bert.recipe.callbacks import (
+    GradientBuffers,
     LossCurve,
     NaNGuard,
     RandomStateOnResume,
@@ -178,3 +179,26 @@ def test_jsonl_has_a_line_a_batch_and_none_twice_after_a_resume(tmp_path: Path) 
     assert path.read_text() == whole
     run(1, 4)
     assert path.read_text() == whole
+
+
+def test_gradients_keep_their_memory_and_add_up() -> None:
+    """Composer takes gradients away before a batch; two microbatches then add up, where the last batch's were too."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2).double())
+    model[0].bias.requires_grad_(False)
+    callback, addresses = GradientBuffers(), []
+    for _ in range(2):
+        microbatches = torch.randn(2, 4, 3)
+        model.zero_grad(set_to_none=True)
+        whole = torch.autograd.grad(
+            model[1](model[0](microbatches.flatten(0, 1)).double()).square().sum(),
+            [p for p in model.parameters() if p.requires_grad],
+        )
+        for microbatch in microbatches:
+            callback.before_forward(state(model=model), LOGGER)
+            model[1](model[0](microbatch).double()).square().sum().backward()
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        torch.testing.assert_close(found, list(whole))
+        addresses.append([gradient.data_ptr() for gradient in found])
+    assert addresses[0] == addresses[1]
+    assert model[0].bias.grad is None

@@ -98,10 +98,13 @@ def test_two_ranks_on_gpus_train_like_one(recipe: Recipe, tmp_path: Path) -> Non
     common += [f"{key}={value}" for key, value in sizes.items()]
     assert main([*common, "run_name=n1"]) == 0
     shared = torch.cuda.device_count() < 2
-    train_on_two_ranks(tmp_path, [[*common, "run_name=n2"]], SHARED_GPU if shared else "")
-    one, two = (tmp_path / "runs" / name for name in ("n1", "n2"))
+    graphs = ["compile={mode: reduce-overhead}", "device_train_microbatch_size=4", "eval_loader=null"]  # two of them
+    runs = [[*common, "run_name=n2"], [*common, "run_name=graphs", *graphs]]
+    train_on_two_ranks(tmp_path, runs, SHARED_GPU if shared else "")
+    one, two, replayed = (tmp_path / "runs" / name for name in ("n1", "n2", "graphs"))
     assert len(losses(one)) == 6
     assert losses(one) == pytest.approx(losses(two), abs=1e-4)
+    assert losses(one) == pytest.approx(losses(replayed), abs=1e-4)
 
 
 @pytest.fixture

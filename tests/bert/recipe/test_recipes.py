@@ -18,6 +18,7 @@ from bert.recipe.train import main
 FOLDER = Path(__file__).parents[3] / "yamls" / "pretrain"
 PARAMETERS = {  # of the original code; the last follow from it and from the demos' sizes
     "m2-base": 80_267_328,
+    "m2-base-plus": 80_267_328,
     "m2-base-960": 115_583_616,
     "m2-large-260m": 259_133_760,
     "m2-large-341m": 341_038_144,
@@ -31,7 +32,7 @@ PARAMETERS = {  # of the original code; the last follow from it and from the dem
     "m2-base-8k-continue": 87_428_160,
 }
 CONTINUED = {"m2-base-2k-continue": 256 * 2048, "m2-base-8k-continue": 64 * 8192}
-PAPER = sorted(set(PARAMETERS) - {"m2-demo", "bert-demo"} - set(CONTINUED))
+PAPER = sorted(set(PARAMETERS) - {"m2-demo", "bert-demo", "m2-base-plus"} - set(CONTINUED))
 
 
 def load(name: str) -> TrainConfig:
