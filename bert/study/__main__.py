@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--slots", type=int, help="runs at a time (default: one on each GPU, or one)")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--list", action="store_true", help="print the runs and their state, and stop")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # changes may follow --only
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("bert").setLevel("INFO")
     try:
