@@ -92,7 +92,6 @@ VARIANTS: dict[str, Variant] = {
     "multi-sync": Variant("reduction after every microbatch", patches=partial(patch, _SYNC, _always_synchronised)),
     "bf16-reduce": Variant("half the bytes", ("gradient_reduction=bf16",)),
     "overlap": Variant("reduction within the compiled backward pass", ("overlap_reduction=true",)),
-    "cuda-graphs": Variant("kernels are started by CUDA graphs", ("compile={mode: reduce-overhead}",)),
     "no-cuda-graphs": Variant("kernels are started one by one", ("compile=true",)),
     "bucket-100": Variant("buckets of 100 MiB, not 25", patches=_ddp(bucket_cap_mb=100)),
     "bucket-400": Variant("one bucket of up to 400 MiB", patches=_ddp(bucket_cap_mb=400)),

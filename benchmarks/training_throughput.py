@@ -79,7 +79,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
         f"max_seq_len={LENGTH}",
         f"global_train_batch_size={args.batch}",
         f"device_train_microbatch_size={args.microbatch}",
-        f"compile={str(not args.no_compile).lower()}",
+        f"compile={compilation(args)}",
         f"device={'gpu' if args.device == 'cuda' else args.device}",
         f"max_duration={args.warm_up + args.steps}ba",
         "eval_loader=null",
@@ -92,6 +92,13 @@ def overrides(args: argparse.Namespace) -> list[str]:
         changes += [f"model.config.{key}={value}" for key, value in sizes.items()]
         changes.append("train_loader.num_workers=0")
     return [*changes, *args.overrides]
+
+
+def compilation(args: argparse.Namespace) -> str:
+    """Return the recipe's `compile`: on a GPU what auto is there."""
+    if args.no_compile:
+        return "false"
+    return json.dumps(builders.COMPILE_ON_GPU) if args.device == "cuda" else "true"
 
 
 def recipe_path(args: argparse.Namespace) -> Path:

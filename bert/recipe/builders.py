@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import types
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 DEVICES = (None, "cpu", "gpu", "mps")
 GRADIENT_REDUCTIONS = ("fp32", "bf16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+AUTO = "auto"
+COMPILE_ON_GPU = {"mode": "reduce-overhead"}  # what compile: auto is there
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,7 @@ def check_config(config: TrainConfig) -> None:
         RecipeError: the first mistake, with its key.
     """
     check_model_name("model", config.model.name)
-    check_sections(config)
+    check_sections(config if config.compile != AUTO else dataclasses.replace(config, compile=COMPILE_ON_GPU))
     for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
         check_time(key, getattr(config, key))
     check_choice("task", config.task, list(REGISTRY["task"]))
@@ -241,7 +244,7 @@ def check_config(config: TrainConfig) -> None:
     check_choice("python_log_level", config.python_log_level, LOG_LEVELS)
     check_choice("gradient_reduction", config.gradient_reduction, GRADIENT_REDUCTIONS)
     if isinstance(config.device_train_microbatch_size, str):
-        check_choice("device_train_microbatch_size", config.device_train_microbatch_size, ["auto"])
+        check_choice("device_train_microbatch_size", config.device_train_microbatch_size, [AUTO])
     positive = ("max_seq_len", "global_train_batch_size", "global_eval_batch_size", "device_train_microbatch_size")
     assumed = ("num_devices", "mfu", "devices_per_node", "node_bandwidth", "network_bandwidth")
     for key in (*positive, *(f"dry_run_{name}" for name in assumed)):

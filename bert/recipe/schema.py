@@ -92,7 +92,7 @@ class TrainConfig:
     # --- machine
     device: str | None = None  # cpu, gpu or mps; null: a GPU where there is one
     precision: str = "amp_bf16"  # fp32, amp_bf16 or amp_fp16; on a CPU amp_* becomes fp32
-    compile: Any = False  # true, or arguments of torch.compile
+    compile: Any = False  # true, arguments of torch.compile, or auto: on a GPU, with CUDA graphs (docs/performance.md)
     kernels: bool = True  # Triton kernels where the GPU supports them; false: plain PyTorch, to compare
     parallelism_config: dict[str, Any] | None = None  # Composer's: {fsdp: {...}}; null: data parallel
     # Data parallel on several devices: see docs/scaling.md.

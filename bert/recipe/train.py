@@ -265,12 +265,17 @@ def precision_on(device: Device, precision: str) -> str:
 
 def _for_device(config: TrainConfig, device: Device) -> TrainConfig:
     """The recipe as this device can run it, with a warning for what changes."""
+    micro = config.device_train_microbatch_size
+    if config.compile == builders.AUTO:
+        # To find the microbatch, and to shard, Composer changes what a CUDA graph would keep.
+        fits = isinstance(device, DeviceGPU) and micro != builders.AUTO and not config.parallelism_config
+        config = dataclasses.replace(config, compile=builders.COMPILE_ON_GPU if fits else False)
     if isinstance(device, DeviceGPU):
         return config
     if config.parallelism_config:
         raise RecipeError("parallelism_config needs GPUs: Composer shards models there only; set it to null")
     config = dataclasses.replace(config, precision=precision_on(device, config.precision))
-    if config.device_train_microbatch_size == "auto":
+    if micro == builders.AUTO:
         micro = max(1, config.global_train_batch_size // dist.get_world_size())
         log.warning("device_train_microbatch_size auto becomes %d, the device's whole batch: auto needs a GPU", micro)
         config = dataclasses.replace(config, device_train_microbatch_size=micro)

@@ -121,7 +121,7 @@ def pretraining_record(config: TrainConfig, parameters: int) -> dict[str, Any]:
         "max_seq_len": config.max_seq_len,
         "mlm_probability": config.mlm_probability,
         "precision": config.precision,
-        "compile": bool(config.compile),
+        "compile": config.compile,
         "evaluation_loss": losses[-1] if losses else None,
         "evaluation_accuracy": accuracies[-1] if accuracies else None,
         **found,
