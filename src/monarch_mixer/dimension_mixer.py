@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from monarch_mixer import cpu
 from monarch_mixer.block_diagonal import BlockDiagonalLinear
-from monarch_mixer.kernels.support import compute_dtype, kernels_apply
+from monarch_mixer.kernels.support import compute_dtype, kernels_apply, stored_share
 from monarch_mixer.normalization import MAX_KERNEL_WIDTH
 
 
@@ -121,8 +121,16 @@ class DimensionMixer(nn.Module):
             from monarch_mixer.kernels.gated_mlp import gated_mlp
             from monarch_mixer.kernels.layer_norm import block_layer_norm
 
-            y = gated_mlp(x, self.input.weight, self.output.weight, self.dropout if self.training else 0.0)
+            dropout = self.dropout if self.training else 0.0
+            y = gated_mlp(x, self.input.weight, self.output.weight, dropout, as_stored=True)
             return block_layer_norm(
-                y, self.output.bias, x, self.norm.weight, self.norm.bias, self.norm.eps, channels_first=channels_first
+                y,
+                self.output.bias,
+                x,
+                self.norm.weight,
+                self.norm.bias,
+                self.norm.eps,
+                channels_first=channels_first,
+                y_factor=1 / stored_share(y.dtype),
             )
         return self.norm(self.mlp(x) + x)

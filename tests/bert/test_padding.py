@@ -75,14 +75,19 @@ def assert_same(found, expected, tolerance):
         assert difference <= tolerance * max(gradient.norm(), 0.01 * total), name
 
 
-def assert_same_but_for_rounding(found, alone, exact):
-    """As far from fp32 as half precision is without padding too."""
-    assert error(found[0], exact[0]) < 1.5 * error(alone[0], exact[0]) < 0.1
-    of_found, of_alone = (
-        sum((gradients[name] - gradient).norm() ** 2 for name, gradient in exact[1].items())
-        for _, gradients in (found, alone)
-    )
-    assert of_found < 2 * of_alone
+def assert_same_but_for_rounding(draws):
+    """As far from fp32 as half precision is without padding too: of each draw, (found, alone, exact).
+
+    The filters' first layers carry most of the gradients' squared error, in 10 to 20 directions: of two draws of
+    one rounding's noise, one is over twice the other once in 20 to 100 times. So it is summed over several.
+    """
+    of_found = of_alone = 0.0
+    for found, alone, exact in draws:
+        assert error(found[0], exact[0]) < 1.5 * error(alone[0], exact[0]) < 0.1
+        for name, gradient in exact[1].items():
+            of_found += (found[1][name] - gradient).norm().item() ** 2
+            of_alone += (alone[1][name] - gradient).norm().item() ** 2
+    assert of_found < 2 * of_alone  # also where one is not a number
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -105,7 +110,7 @@ def test_in_bf16_up_to_its_own_rounding(name, device):
     rows, weights = make_rows(LENGTHS, model.config.hidden_size, device)
     exact = run_alone(model, rows, weights)
     alone = run_alone(model, rows, weights, torch.bfloat16)
-    assert_same_but_for_rounding(run(model, rows, weights, 20, torch.bfloat16), alone, exact)
+    assert_same_but_for_rounding([(run(model, rows, weights, 20, torch.bfloat16), alone, exact)])
 
 
 @pytest.mark.gpu
@@ -115,14 +120,17 @@ def test_in_bf16_up_to_its_own_rounding(name, device):
 def test_long_batches_in_the_kernels(length, dtype):
     """Both families of kernels, and sequences of several blocks."""
     fields = {"max_position_embeddings": length, "long_conv_l_max": length, "hidden_size": 48}
-    model = make("m2_additions", "cuda", **fields)
     lengths = (length - 3, length // 2, 1, length // 3 + 1)
-    rows, weights = make_rows(lengths, 48, "cuda")
-    exact, found = run_alone(model, rows, weights), run(model, rows, weights, length, dtype)
+    draws = []
+    for _ in range(1 if dtype is None else 4):
+        model = make("m2_additions", "cuda", **fields)
+        rows, weights = make_rows(lengths, 48, "cuda")
+        exact, found = run_alone(model, rows, weights), run(model, rows, weights, length, dtype)
+        draws.append((found, exact if dtype is None else run_alone(model, rows, weights, dtype), exact))
     if dtype is None:
         assert_same(found, exact, 2e-5)
     else:
-        assert_same_but_for_rounding(found, run_alone(model, rows, weights, dtype), exact)
+        assert_same_but_for_rounding(draws)
     model.eval()
     with torch.inference_mode():  # through the kept filters
         padded = model.base_model(

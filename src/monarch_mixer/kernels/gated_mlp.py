@@ -25,7 +25,9 @@ from monarch_mixer.kernels.gated_mlp_forward import gated_forward
 TOKEN_PARTS = 16
 
 
-def gated_mlp(x: Tensor, input_weight: Tensor, output_weight: Tensor, dropout: float) -> Tensor:
+def gated_mlp(
+    x: Tensor, input_weight: Tensor, output_weight: Tensor, dropout: float, *, as_stored: bool = False
+) -> Tensor:
     """Return `W_out (gelu(gates) * values)`, block by block and without bias.
 
     Computed in autocast's dtype where it is on, else in that of x. Accumulation is fp32.
@@ -35,6 +37,8 @@ def gated_mlp(x: Tensor, input_weight: Tensor, output_weight: Tensor, dropout: f
         input_weight: (num_blocks, 2 * inner_block, in_block), num_blocks even.
         output_weight: (num_blocks, out_block, inner_block).
         dropout: probability with which an intermediate feature is dropped; 0 outside training.
+        as_stored: whether to return the result times `support.stored_share`, all of which fp16 can hold, for a reader
+            that undoes it in fp32 (`block_layer_norm`). The gradient that comes back must be that of the result itself.
 
     Returns:
         (num_blocks, tokens, out_block): the layout in which the product makes it and `block_layer_norm` reads it.
@@ -53,21 +57,30 @@ def gated_mlp(x: Tensor, input_weight: Tensor, output_weight: Tensor, dropout: f
     tokens = x.to(dtype).reshape(-1, x.shape[-1])
     # Drawn out here, on the device, so that torch's generator, compilation and checkpointing know of it.
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout else None
-    return _gated_mlp(tokens, input_weight.to(dtype), output_weight.to(dtype), seed, dropout)
+    return _gated_mlp(tokens, input_weight.to(dtype), output_weight.to(dtype), seed, dropout, as_stored)
 
 
 @torch.library.custom_op(
     "monarch_mixer::gated_mlp",
     mutates_args=(),
-    schema="(Tensor x, Tensor input_weight, Tensor output_weight, Tensor? seed, float dropout) -> Tensor",
+    schema=(
+        "(Tensor x, Tensor input_weight, Tensor output_weight, Tensor? seed, float dropout, bool as_stored) -> Tensor"
+    ),
 )
-def _gated_mlp(x, input_weight, output_weight, seed, dropout):
+def _gated_mlp(x, input_weight, output_weight, seed, dropout, as_stored):
     inner = gated_forward(x, input_weight, seed, dropout)
-    return torch.bmm(inner, output_weight.transpose(1, 2))
+    return _product(inner, output_weight.transpose(1, 2), 1.0 if as_stored else 1 / support.stored_share(x.dtype))
+
+
+def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """Return the batched product a @ b, its fp32 sums times a factor."""
+    if factor == 1:
+        return torch.bmm(a, b)
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=factor)
 
 
 @_gated_mlp.register_fake
-def _(x, input_weight, output_weight, seed, dropout):
+def _(x, input_weight, output_weight, seed, dropout, as_stored):
     return x.new_empty(output_weight.shape[0], x.shape[0], output_weight.shape[1])
 
 
@@ -82,7 +95,7 @@ def _(x, input_weight, output_weight, seed, dropout):
 def _gated_mlp_backward(grad, x, input_weight, output_weight, seed, dropout):
     num_blocks, _, in_block = input_weight.shape
     grad_wide, inner = gated_backward(grad, x, input_weight, output_weight, seed, dropout)
-    grad_output_weight = torch.bmm(grad.transpose(1, 2), inner)
+    grad_output_weight = _product(grad.transpose(1, 2), inner, 1 / support.stored_share(x.dtype))
     grad_input_weight = _input_weight_gradient(grad_wide, x)
     grad_x = support.empty(x.shape[0], num_blocks, in_block, dtype=x.dtype, device=x.device)
     torch.bmm(grad_wide, input_weight, out=grad_x.transpose(0, 1))
@@ -116,7 +129,7 @@ def _(grad, x, input_weight, output_weight, seed, dropout):
 
 
 def _setup_context(ctx, inputs, output):
-    x, input_weight, output_weight, seed, dropout = inputs
+    x, input_weight, output_weight, seed, dropout, _ = inputs
     ctx.save_for_backward(x, input_weight, output_weight, seed)
     ctx.dropout = dropout
 
@@ -124,7 +137,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     x, input_weight, output_weight, seed = ctx.saved_tensors
     gradients = _gated_mlp_backward(grad, x, input_weight, output_weight, seed, ctx.dropout)
-    return *gradients, None, None
+    return *gradients, None, None, None
 
 
 _gated_mlp.register_autograd(_backward, setup_context=_setup_context)

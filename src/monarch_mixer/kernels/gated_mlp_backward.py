@@ -39,7 +39,7 @@ def gated_backward(
 
     Returns:
         (num_blocks, tokens, 2 * inner_block), by input block: gates' gradients in the first half of the blocks, values'
-        in the second; and the intermediate (num_blocks, tokens, inner_block).
+        in the second; and the intermediate (num_blocks, tokens, inner_block), times `support.stored_share`.
     """
     num_blocks, wide, in_block = input_weight.shape
     tokens, inner_block = x.shape[0], wide // 2
@@ -82,6 +82,7 @@ def _backward_tiles(
     GELU: tl.constexpr,
     DROP_BELOW: tl.constexpr,
     SCALE: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -135,6 +136,7 @@ def _backward_tiles(
         GELU,
         DROP_BELOW,
         SCALE,
+        STORED,
     )
 
 
@@ -156,6 +158,7 @@ def _store_gradients(
     GELU: tl.constexpr,
     DROP_BELOW: tl.constexpr,
     SCALE: tl.constexpr,
+    STORED: tl.constexpr,
 ):
     """Write gates' and values' gradients and the intermediate, given its gradient; only what is inside."""
     rows = (2 * pair + half).to(tl.int64) * num_tokens + tokens
@@ -167,6 +170,8 @@ def _store_gradients(
         keep = kept(seed_ptr, rows, column, DROP_BELOW)
         inner = tl.where(keep, inner * SCALE, 0.0)
         grad = tl.where(keep, grad * SCALE, 0.0)
+    if STORED != 1.0:
+        inner *= STORED
     dtype = inner_ptr.dtype.element_ty
     tl.store(inner_ptr + rows[:, None] * INNER + column[None, :], inner.to(dtype), mask=mask)
     wide = (pair.to(tl.int64) * num_tokens + tokens)[:, None] * (2 * INNER) + half * INNER + column[None, :]

@@ -35,7 +35,7 @@ def forward_config(in_block: int, dtype: torch.dtype) -> Config:
 def gated_forward(
     x: Tensor, input_weight: Tensor, seed: Tensor | None, dropout: float, config: Config | None = None
 ) -> Tensor:
-    """Return `dropout(gelu(gates) * values)`, (num_blocks, tokens, inner_block), without a gradient.
+    """Return `dropout(gelu(gates) * values)`, (num_blocks, tokens, inner_block), times `stored_share`; no gradient.
 
     Args:
         x: (tokens, num_blocks * in_block), any strides.
@@ -85,6 +85,7 @@ def _forward_tiles(
     GELU: tl.constexpr,
     DROP_BELOW: tl.constexpr,
     SCALE: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -115,7 +116,9 @@ def _forward_tiles(
         BLOCK_K,
     )
     block = 2 * pair + half
-    _store_inner(gates, values, inner_ptr, seed_ptr, tokens, num_tokens, column, block, INNER, GELU, DROP_BELOW, SCALE)
+    _store_inner(
+        gates, values, inner_ptr, seed_ptr, tokens, num_tokens, column, block, INNER, GELU, DROP_BELOW, SCALE, STORED
+    )
 
 
 @triton.jit
@@ -133,6 +136,7 @@ def _forward_hold_x(
     GELU: tl.constexpr,
     DROP_BELOW: tl.constexpr,
     SCALE: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -176,7 +180,19 @@ def _forward_hold_x(
         )
         block = 2 * pair + tile // TILES
         _store_inner(
-            gates, values, inner_ptr, seed_ptr, tokens, num_tokens, column, block, INNER, GELU, DROP_BELOW, SCALE
+            gates,
+            values,
+            inner_ptr,
+            seed_ptr,
+            tokens,
+            num_tokens,
+            column,
+            block,
+            INNER,
+            GELU,
+            DROP_BELOW,
+            SCALE,
+            STORED,
         )
 
 
@@ -248,11 +264,14 @@ def _store_inner(
     GELU: tl.constexpr,
     DROP_BELOW: tl.constexpr,
     SCALE: tl.constexpr,
+    STORED: tl.constexpr,
 ):
-    """Write `dropout(gelu(gates) * values)` of output block `block`; tokens and columns may be beyond the ends."""
+    """Write STORED times `dropout(gelu(gates) * values)` of output block `block`, up to the ends of both axes."""
     inner = gates * normal_cdf(gates, GELU) * values
     rows = block.to(tl.int64) * num_tokens + tokens
     if DROP_BELOW > 0:
         inner = tl.where(kept(seed_ptr, rows, column, DROP_BELOW), inner * SCALE, 0.0)
+    if STORED != 1.0:
+        inner *= STORED
     mask = (tokens < num_tokens)[:, None] & (column < INNER)[None, :]
     tl.store(inner_ptr + rows[:, None] * INNER + column[None, :], inner.to(inner_ptr.dtype.element_ty), mask=mask)

@@ -55,6 +55,7 @@ def launch_options(input_weight: Tensor, dropout: float, config: Config) -> dict
         # A feature is kept where 32 random bits reach this.
         "DROP_BELOW": min(round(dropout * 2**32), 2**32 - 1),
         "SCALE": 0.0 if dropout == 1 else 1 / (1 - dropout),
+        "STORED": support.stored_share(dtype),
         "PRECISION": support.dot_precision(dtype),
         "BLOCK_T": config.block_t,
         "BLOCK_N": config.block_n,

@@ -61,8 +61,9 @@ def block_layer_norm(
     *,
     channels_first: bool = False,
     dtype: torch.dtype | None = None,
+    y_factor: float = 1.0,
 ) -> Tensor:
-    """Return `LayerNorm(concat_blocks(y) + bias + x)`; statistics and arithmetic are fp32.
+    """Return `LayerNorm(y_factor * concat_blocks(y) + bias + x)`; statistics and arithmetic are fp32.
 
     Args:
         y: (num_blocks, tokens, out_block), or None.
@@ -73,6 +74,8 @@ def block_layer_norm(
         eps: added to the variance.
         channels_first: whether the channels come first in memory: then `result.movedim(-1, 0)` is contiguous.
         dtype: of the result; by default autocast's where it is on, else that of the inputs.
+        y_factor: what undoes the scale in which y is stored (see `gated_mlp`). The gradient that y gets is that of the
+            product with it, the same as that of x.
 
     Returns:
         (..., width), shaped as x, or (tokens, width) without x.
@@ -105,6 +108,7 @@ def block_layer_norm(
         eps,
         channels_first,
         dtype,
+        y_factor,
     )
     if channels_first:
         return out.view(width, *shape[:-1]).movedim(0, -1)
@@ -116,15 +120,15 @@ def block_layer_norm(
     mutates_args=(),
     schema=(
         "(Tensor? y, Tensor? bias, Tensor? x, Tensor weight, Tensor shift, float eps, bool channels_first,"
-        " ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+        " ScalarType dtype, float y_factor) -> (Tensor, Tensor, Tensor)"
     ),
 )
-def _layer_norm(y, bias, x, weight, shift, eps, channels_first, dtype):
-    return layer_norm_forward(y, bias, x, weight, shift, eps, channels_first, dtype)
+def _layer_norm(y, bias, x, weight, shift, eps, channels_first, dtype, y_factor):
+    return layer_norm_forward(y, bias, x, weight, shift, eps, channels_first, dtype, y_factor)
 
 
 @_layer_norm.register_fake
-def _(y, bias, x, weight, shift, eps, channels_first, dtype):
+def _(y, bias, x, weight, shift, eps, channels_first, dtype, y_factor):
     tokens, width = _tokens(y, x), weight.shape[0]
     out = weight.new_empty((width, tokens) if channels_first else (tokens, width), dtype=dtype)
     return out, weight.new_empty(tokens), weight.new_empty(tokens)
@@ -134,24 +138,24 @@ def _(y, bias, x, weight, shift, eps, channels_first, dtype):
     "monarch_mixer::layer_norm_backward",
     mutates_args=(),
     schema=(
-        "(Tensor grad, Tensor? y, Tensor? bias, Tensor? x, Tensor weight, Tensor mean, Tensor inverse_deviation)"
-        " -> (Tensor, Tensor)"
+        "(Tensor grad, Tensor? y, Tensor? bias, Tensor? x, Tensor weight, Tensor mean, Tensor inverse_deviation,"
+        " float y_factor) -> (Tensor, Tensor)"
     ),
 )
-def _layer_norm_backward(grad, y, bias, x, weight, mean, inverse_deviation):
-    grad_sum, partial = layer_norm_backward(grad, y, bias, x, weight, mean, inverse_deviation)
+def _layer_norm_backward(grad, y, bias, x, weight, mean, inverse_deviation, y_factor):
+    grad_sum, partial = layer_norm_backward(grad, y, bias, x, weight, mean, inverse_deviation, y_factor)
     return grad_sum, partial.sum(0)
 
 
 @_layer_norm_backward.register_fake
-def _(grad, y, bias, x, weight, mean, inverse_deviation):
+def _(grad, y, bias, x, weight, mean, inverse_deviation, y_factor):
     source = x if y is None else y
     grad_sum = source.new_empty(_tokens(y, x), weight.shape[0])
     return grad_sum, weight.new_empty(2 if bias is None else 3, weight.shape[0])
 
 
 def _setup_context(ctx, inputs, output):
-    y, bias, x, weight, _, _, channels_first, _ = inputs
+    y, bias, x, weight, _, _, channels_first, _, ctx.y_factor = inputs
     _, mean, inverse_deviation = output
     ctx.save_for_backward(y, bias, x, weight, mean, inverse_deviation)
     ctx.channels_first = channels_first
@@ -160,11 +164,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     y, bias, x, weight, mean, inverse_deviation = ctx.saved_tensors
     grad = grad.t() if ctx.channels_first else grad
-    grad_sum, grad_vectors = _layer_norm_backward(grad, y, bias, x, weight, mean, inverse_deviation)
+    grad_sum, grad_vectors = _layer_norm_backward(grad, y, bias, x, weight, mean, inverse_deviation, ctx.y_factor)
     grad_y = None if y is None else grad_sum.unflatten(1, (y.shape[0], y.shape[2])).transpose(0, 1)
     grad_bias = None if bias is None else grad_vectors[2]
     grad_x = None if x is None else grad_sum
-    return grad_y, grad_bias, grad_x, grad_vectors[0], grad_vectors[1], None, None, None
+    return grad_y, grad_bias, grad_x, grad_vectors[0], grad_vectors[1], None, None, None, None
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup_context)
@@ -179,6 +183,7 @@ def layer_norm_forward(
     eps: float,
     channels_first: bool,
     dtype: torch.dtype,
+    y_factor: float = 1.0,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result, (width, tokens) if `channels_first` else (tokens, width), and each token's statistics.
@@ -203,7 +208,7 @@ def layer_norm_forward(
             inverse_deviation,
             tokens,
             eps,
-            **_constants(y, width, config),
+            **_constants(y, y_factor, width, config),
         )
     return out, mean, inverse_deviation
 
@@ -216,6 +221,7 @@ def layer_norm_backward(
     weight: Tensor,
     mean: Tensor,
     inverse_deviation: Tensor,
+    y_factor: float = 1.0,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of the sum, and partial sums of those of the vectors.
@@ -228,6 +234,7 @@ def layer_norm_backward(
         weight: (width,).
         mean: (tokens,), from the forward pass, like `inverse_deviation`.
         inverse_deviation: (tokens,).
+        y_factor: as in the forward pass.
         config: how the kernel is cut.
 
     Returns:
@@ -257,7 +264,7 @@ def layer_norm_backward(
             partial,
             tokens,
             tiles_each,
-            **_constants(y, width, config),
+            **_constants(y, y_factor, width, config),
         )
     return grad_sum, partial
 
@@ -275,8 +282,9 @@ def _inputs(y: Tensor | None, bias: Tensor | None, x: Tensor | None) -> tuple:
     return y, *y_strides, None if bias is None else bias.contiguous(), x, *x_strides
 
 
-def _constants(y: Tensor | None, width: int, config: Config) -> dict[str, int]:
+def _constants(y: Tensor | None, y_factor: float, width: int, config: Config) -> dict[str, int | float]:
     return {
+        "Y_FACTOR": y_factor,
         "WIDTH": width,
         "OUT_BLOCK": width if y is None else y.shape[2],
         "BLOCK_T": config.block_t,
@@ -298,6 +306,7 @@ def _load_sum(
     tokens,
     channels,
     mask,
+    Y_FACTOR: tl.constexpr,
     WIDTH: tl.constexpr,
     OUT_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -307,7 +316,10 @@ def _load_sum(
     total = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
     if y_ptr is not None:
         offsets = (channels // OUT_BLOCK).to(tl.int64) * y_b + channels % OUT_BLOCK * y_c
-        total += tl.load(y_ptr + tokens[:, None] * y_t + offsets[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + tokens[:, None] * y_t + offsets[None, :], mask=mask, other=0.0).to(tl.float32)
+        if Y_FACTOR != 1.0:
+            y *= Y_FACTOR
+        total += y
     if x_ptr is not None:
         pointers = x_ptr + tokens[:, None] * x_t + channels.to(tl.int64)[None, :] * x_c
         total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
@@ -335,6 +347,7 @@ def _forward(
     inverse_deviation_ptr,
     num_tokens,
     eps,
+    Y_FACTOR: tl.constexpr,
     WIDTH: tl.constexpr,
     OUT_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -344,8 +357,9 @@ def _forward(
     channels = tl.arange(0, BLOCK_W)
     mask = (tokens < num_tokens)[:, None] & (channels < WIDTH)[None, :]
     total = _load_sum(
-        y_ptr, y_b, y_t, y_c, bias_ptr, x_ptr, x_t, x_c, tokens, channels, mask, WIDTH, OUT_BLOCK, BLOCK_T, BLOCK_W
-    )
+        y_ptr, y_b, y_t, y_c, bias_ptr, x_ptr, x_t, x_c, tokens, channels, mask,
+        Y_FACTOR, WIDTH, OUT_BLOCK, BLOCK_T, BLOCK_W,
+    )  # fmt: skip
     mean = tl.sum(total, 1) / WIDTH
     centred = tl.where(mask, total - mean[:, None], 0.0)
     inverse_deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
@@ -378,6 +392,7 @@ def _backward_kernel(
     partial_ptr,
     num_tokens,
     tiles_each,
+    Y_FACTOR: tl.constexpr,
     WIDTH: tl.constexpr,
     OUT_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -398,8 +413,9 @@ def _backward_kernel(
         pointers = grad_ptr + tokens[:, None] * grad_t + channels.to(tl.int64)[None, :] * grad_c
         grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         total = _load_sum(
-            y_ptr, y_b, y_t, y_c, bias_ptr, x_ptr, x_t, x_c, tokens, channels, mask, WIDTH, OUT_BLOCK, BLOCK_T, BLOCK_W
-        )
+            y_ptr, y_b, y_t, y_c, bias_ptr, x_ptr, x_t, x_c, tokens, channels, mask,
+            Y_FACTOR, WIDTH, OUT_BLOCK, BLOCK_T, BLOCK_W,
+        )  # fmt: skip
         mean = tl.load(mean_ptr + tokens, mask=tokens < num_tokens, other=0.0)
         inverse_deviation = tl.load(inverse_deviation_ptr + tokens, mask=tokens < num_tokens, other=0.0)
         normalised = tl.where(mask, (total - mean[:, None]) * inverse_deviation[:, None], 0.0)

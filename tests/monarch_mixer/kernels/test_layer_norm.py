@@ -57,6 +57,16 @@ def test_outputs_and_gradients_of_real_sizes(width, tokens, dtype, channels_firs
     check(*make(width, tokens, dtype, "cuda"), dtype, channels_first=channels_first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_of_the_blocks(dtype, device):
+    """The blocks' own gradient is that of their product with it."""
+    (weight, shift, y, bias, x), grad = make(48, 17, dtype, device)
+    inputs = [weight, shift, (y.detach() / 4).requires_grad_(), bias, x]
+    results = run(lambda w, s, y, b, x: block_layer_norm(y, b, x, w, s, 1e-5, y_factor=4.0), inputs, grad)
+    expected = run(lambda w, s, y, b, x: block_layer_norm(y, b, x, w, s, 1e-5), [weight, shift, y, bias, x], grad)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-5])
 @pytest.mark.parametrize("names", [("x",), ("y",), ("y", "bias"), ("y", "x"), ("bias", "x")])
 def test_parts_may_be_left_out(names, eps, device):
@@ -130,7 +140,7 @@ def test_registration_and_compilation(channels_first, device):
     inputs, grad = make(32, 9, torch.float32, device)
     weight, shift, y, bias, x = inputs
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (y, bias, x, weight, shift, 1e-5, channels_first, torch.float32)
+    arguments = (y, bias, x, weight, shift, 1e-5, channels_first, torch.float32, 1.0)
     torch.library.opcheck(kernels._layer_norm, arguments, test_utils=checks)
 
     def function(weight, shift, y, bias, x):
