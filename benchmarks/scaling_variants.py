@@ -91,13 +91,15 @@ VARIANTS: dict[str, Variant] = {
     ),
     "multi-sync": Variant("reduction after every microbatch", patches=partial(patch, _SYNC, _always_synchronised)),
     "bf16-reduce": Variant("half the bytes", ("gradient_reduction=bf16",)),
-    "overlap": Variant("reduction within the compiled backward pass", ("overlap_reduction=true",)),
+    "overlap": Variant("reduction within the compiled backward pass", ("overlap_reduction=true", "compile=true")),
     "no-cuda-graphs": Variant("kernels are started one by one", ("compile=true",)),
     "bucket-100": Variant("buckets of 100 MiB, not 25", patches=_ddp(bucket_cap_mb=100)),
     "bucket-400": Variant("one bucket of up to 400 MiB", patches=_ddp(bucket_cap_mb=400)),
     "bucket-view": Variant("gradients lie in the buckets", patches=_ddp(gradient_as_bucket_view=True)),
     "static-graph": Variant("DDP is told that the graph never changes", patches=_ddp(static_graph=True)),
-    "auto-microbatch": Variant("Composer looks for the microbatch", ("device_train_microbatch_size=auto",)),
+    "auto-microbatch": Variant(
+        "Composer looks for the microbatch", ("device_train_microbatch_size=auto", "compile=false")
+    ),
     "workers-2": Variant("2 loader workers a rank", ("train_loader.num_workers=2",)),
     "workers-16": Variant("16 loader workers a rank", ("train_loader.num_workers=16",)),
     "own-cores": Variant("each rank keeps to its share of the cores", patches=_own_cores),

@@ -245,6 +245,8 @@ def check_config(config: TrainConfig) -> None:
     check_choice("gradient_reduction", config.gradient_reduction, GRADIENT_REDUCTIONS)
     if isinstance(config.device_train_microbatch_size, str):
         check_choice("device_train_microbatch_size", config.device_train_microbatch_size, [AUTO])
+        if config.compile != AUTO and uses_cuda_graphs(config):
+            raise RecipeError("compile with CUDA graphs needs a number as device_train_microbatch_size, not auto")
     positive = ("max_seq_len", "global_train_batch_size", "global_eval_batch_size", "device_train_microbatch_size")
     assumed = ("num_devices", "mfu", "devices_per_node", "node_bandwidth", "network_bandwidth")
     for key in (*positive, *(f"dry_run_{name}" for name in assumed)):
@@ -282,6 +284,23 @@ def compile_arguments(config: Sections) -> dict[str, Any] | None:
     arguments = {} if config.compile is True else config.compile
     check_arguments("compile", torch.compile, arguments, given=["model"])
     return dict(arguments)
+
+
+def resolved_compile(config: TrainConfig, *, on_gpu: bool) -> tuple[Any, str]:
+    """What `compile` is on this device where it says auto, and why it is not compiled, or without CUDA graphs."""
+    if config.compile != AUTO:
+        return config.compile, ""
+    if not on_gpu:
+        return False, "not on a GPU"
+    if config.device_train_microbatch_size == AUTO:
+        return False, "device_train_microbatch_size is auto: each size that Composer tries would be compiled"
+    if config.parallelism_config:
+        return False, "it is sharded"
+    if config.task != "masked_lm" or config.train_loader.pad_to_longest:
+        return False, "its batches differ in width: each would be compiled"
+    if config.overlap_reduction:
+        return True, "overlap_reduction cuts the graph"
+    return dict(COMPILE_ON_GPU), ""
 
 
 def uses_cuda_graphs(config: Sections) -> bool:

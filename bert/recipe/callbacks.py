@@ -392,7 +392,8 @@ class GradientBuffers(Callback):
 
     A compiled backward pass that is a CUDA graph writes its gradients to the same addresses each time. The first
     microbatch's would become `.grad` without a copy, and the next one's replay would write over them (PyTorch refuses).
-    Where `.grad` is there already, autograd adds to it. One buffer holds all of a kind: zeroing it is one kernel.
+    Where `.grad` is there already, autograd adds to it. One buffer holds all of a kind: zeroing it is one kernel. A
+    parameter that gets no gradient has zeros, not None: an optimizer then decays it.
     """
 
     _ALIGNMENT = 64  # elements: each gradient begins where the widest loads may

@@ -206,7 +206,7 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
             task.save_tokenizer(folder)
     stop, heartbeat = StopOnSignal(), Heartbeat(config.heartbeat_timeout)
     callbacks += [RecipeRecord(record), RandomStateOnResume(), SkipBatches(skipped), heartbeat, stop]
-    if builders.uses_cuda_graphs(config) and not config.parallelism_config:  # (sharded gradients are FSDP's own)
+    if _needs_gradient_buffers(config, device_batch):
         callbacks.append(GradientBuffers())
     with safe_loading():
         trainer = Trainer(
@@ -265,17 +265,17 @@ def precision_on(device: Device, precision: str) -> str:
 
 def _for_device(config: TrainConfig, device: Device) -> TrainConfig:
     """The recipe as this device can run it, with a warning for what changes."""
-    micro = config.device_train_microbatch_size
-    if config.compile == builders.AUTO:
-        # To find the microbatch, and to shard, Composer changes what a CUDA graph would keep.
-        fits = isinstance(device, DeviceGPU) and micro != builders.AUTO and not config.parallelism_config
-        config = dataclasses.replace(config, compile=builders.COMPILE_ON_GPU if fits else False)
-    if isinstance(device, DeviceGPU):
+    on_gpu = isinstance(device, DeviceGPU)
+    compile_, reason = builders.resolved_compile(config, on_gpu=on_gpu)
+    if reason and on_gpu:
+        log.warning("compile auto becomes %s: %s", str(compile_).lower(), reason)
+    config = dataclasses.replace(config, compile=compile_)
+    if on_gpu:
         return config
     if config.parallelism_config:
         raise RecipeError("parallelism_config needs GPUs: Composer shards models there only; set it to null")
     config = dataclasses.replace(config, precision=precision_on(device, config.precision))
-    if micro == builders.AUTO:
+    if config.device_train_microbatch_size == builders.AUTO:
         micro = max(1, config.global_train_batch_size // dist.get_world_size())
         log.warning("device_train_microbatch_size auto becomes %d, the device's whole batch: auto needs a GPU", micro)
         config = dataclasses.replace(config, device_train_microbatch_size=micro)
@@ -409,6 +409,13 @@ def _trainer_arguments(config: TrainConfig, device: Device, device_batch: int, s
         "deterministic_mode": config.deterministic,
         "dist_timeout": config.dist_timeout,
     }
+
+
+def _needs_gradient_buffers(config: TrainConfig, device_batch: int) -> bool:
+    """Whether several microbatches add up what CUDA graphs make; sharded gradients are FSDP's own."""
+    micro = config.device_train_microbatch_size
+    several = isinstance(micro, str) or micro < device_batch
+    return several and builders.uses_cuda_graphs(config) and not config.parallelism_config
 
 
 def _compiled(config: TrainConfig, model: Any) -> Any:

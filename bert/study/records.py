@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bert.errors import DataError
+from bert.recipe.builders import resolved_compile
 from bert.recipe.resume import run_folder
 from bert.recipe.schema import TrainConfig, to_yaml
 
@@ -121,7 +124,7 @@ def pretraining_record(config: TrainConfig, parameters: int) -> dict[str, Any]:
         "max_seq_len": config.max_seq_len,
         "mlm_probability": config.mlm_probability,
         "precision": config.precision,
-        "compile": config.compile,
+        "compile": resolved_compile(config, on_gpu=config.device in (None, "gpu") and torch.cuda.is_available())[0],
         "evaluation_loss": losses[-1] if losses else None,
         "evaluation_accuracy": accuracies[-1] if accuracies else None,
         **found,

@@ -139,3 +139,30 @@ def test_build_hands_arguments_over(recipe: Recipe) -> None:
 )
 def test_which_compilation_has_cuda_graphs(recipe: Recipe, compile_: str, graphs: bool) -> None:
     assert builders.uses_cuda_graphs(load_config(recipe(), [compile_])) is graphs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected", "reason"),
+    [
+        ([], builders.COMPILE_ON_GPU, ""),
+        (["device_train_microbatch_size=auto"], False, "auto: each size"),
+        (["parallelism_config={fsdp: {}}"], False, "sharded"),
+        (["train_loader.pad_to_longest=true"], False, "width"),
+        (["task=contrastive"], False, "width"),
+        (["overlap_reduction=true"], True, "cuts"),
+    ],
+)
+def test_what_compile_auto_is_on_a_gpu(recipe: Recipe, overrides: list[str], expected: object, reason: str) -> None:
+    config = load_config(recipe(), ["compile=auto", "device_train_microbatch_size=4", *overrides])
+    found, why = builders.resolved_compile(config, on_gpu=True)
+    assert found == expected and reason in why
+    assert builders.resolved_compile(config, on_gpu=False)[0] is False
+    explicit = load_config(recipe(), ["compile={fullgraph: true}", *overrides])
+    assert builders.resolved_compile(explicit, on_gpu=True) == ({"fullgraph": True}, "")
+
+
+def test_cuda_graphs_need_a_fixed_microbatch(recipe: Recipe) -> None:
+    graphs = ["compile={mode: reduce-overhead}"]
+    check_config(load_config(recipe(), [*graphs, "device_train_microbatch_size=4"]))
+    with pytest.raises(RecipeError, match="needs a number"):
+        check_config(load_config(recipe(), [*graphs, "device_train_microbatch_size=auto"]))

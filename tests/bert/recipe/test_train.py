@@ -343,3 +343,19 @@ def test_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert "global_train_batch_size" in text and "samples in an optimizer step" in text
+
+
+@pytest.mark.parametrize(
+    ("compile_", "device_batch", "needed"),
+    [("{mode: reduce-overhead}", 8, True), ("{mode: reduce-overhead}", 4, False), ("true", 8, False)],
+)
+def test_gradients_have_memory_of_their_own_where_graphs_add_them_up(
+    recipe: Recipe, compile_: str, device_batch: int, needed: bool
+) -> None:
+    config = load_config(recipe(), [f"compile={compile_}", "device_train_microbatch_size=4"])
+    assert train_module._needs_gradient_buffers(config, device_batch) is needed
+
+
+def test_compile_auto_is_nothing_on_a_cpu(recipe: Recipe, tmp_path: Path) -> None:
+    assert main([str(recipe()), "compile=auto", "max_duration=1ba", "device=cpu"]) == 0
+    assert "compile: false" in (tmp_path / "runs" / "tiny" / "recipe.yaml").read_text()

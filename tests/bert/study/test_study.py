@@ -169,6 +169,7 @@ def test_only_what_is_asked_for_and_what_it_needs(place: Place) -> None:
     assert main([path, "--only", "timed"]) == 0
     assert place.calls() == ["search-lr-0.1", "search-lr-0.01", "search-lr-10", "base-seed-1", "base-seed-2", "timed"]
     assert main([path, "--only", "tims"]) == 2
+    assert main([path, "--slots", "1", "--list", "title=changes may follow the options"]) == 0
 
 
 def test_a_failing_run_loses_itself_and_what_needs_it(
