@@ -356,9 +356,8 @@ def _build_dataset(
     options["fixed_epoch"] = None if train else _EVALUATION_EPOCH
 
     try:
-        streams = [CheckedStream(**asdict(stream)) for stream in sources(config).values()]
         with alone_on_this_host():
-            dataset = _register(streams, options)
+            dataset = _register([asdict(stream) for stream in sources(config).values()], options)
     except DataError:
         raise
     except (ValueError, RuntimeError, OSError) as error:
@@ -367,19 +366,24 @@ def _build_dataset(
     return dataset
 
 
-def _register(streams: Sequence[CheckedStream], options: dict[str, Any]) -> StreamingTextDataset:
+def _register(streams: Sequence[dict[str, Any]], options: dict[str, Any]) -> StreamingTextDataset:
     """Make the dataset; anew where another job on this host, about to end, had removed a part of its shared memory.
 
     Streaming looks for a free number by each of a number's segments, and takes the highest: it may have another one.
-    Several ranks look together, and cannot look again.
+    Several ranks look together, and cannot look again. A dataset writes weights into its streams, and refuses those that
+    have some: each attempt makes them anew.
     """
+
+    def make() -> StreamingTextDataset:
+        return StreamingTextDataset(streams=[CheckedStream(**stream) for stream in streams], **options)
+
     for _ in range(_REGISTRATIONS - 1 if get_world_size() == 1 else 0):
         try:
-            return StreamingTextDataset(streams=streams, **options)
+            return make()
         except FileExistsError as error:
             log.info("%s: another job is ending; looking for another number", error)
             time.sleep(0.1)
-    return StreamingTextDataset(streams=streams, **options)
+    return make()
 
 
 def _check_cache_limit(dataset: StreamingTextDataset, config: LoaderConfig, batch_size: int) -> None:
