@@ -370,8 +370,8 @@ def _register(streams: Sequence[dict[str, Any]], options: dict[str, Any]) -> Str
     """Make the dataset; anew where another job on this host, about to end, had removed a part of its shared memory.
 
     Streaming looks for a free number by each of a number's segments, and takes the highest: it may have another one.
-    Several ranks look together, and cannot look again. A dataset writes weights into its streams, and refuses those that
-    have some: each attempt makes them anew.
+    Several ranks look together, and cannot look again. Each attempt makes its streams anew: a dataset writes weights
+    into them, and refuses those that have some.
     """
 
     def make() -> StreamingTextDataset:
