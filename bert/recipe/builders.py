@@ -236,7 +236,8 @@ def check_config(config: TrainConfig) -> None:
         RecipeError: the first mistake, with its key.
     """
     check_model_name("model", config.model.name)
-    check_sections(config if config.compile != AUTO else dataclasses.replace(config, compile=COMPILE_ON_GPU))
+    resolved = dataclasses.replace(config, compile=resolved_compile(config, on_gpu=True)[0])
+    check_sections(resolved)
     for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
         check_time(key, getattr(config, key))
     check_choice("task", config.task, list(REGISTRY["task"]))
@@ -245,7 +246,7 @@ def check_config(config: TrainConfig) -> None:
     check_choice("gradient_reduction", config.gradient_reduction, GRADIENT_REDUCTIONS)
     if isinstance(config.device_train_microbatch_size, str):
         check_choice("device_train_microbatch_size", config.device_train_microbatch_size, [AUTO])
-        if config.compile != AUTO and uses_cuda_graphs(config):
+        if uses_cuda_graphs(resolved):
             raise RecipeError("compile with CUDA graphs needs a number as device_train_microbatch_size, not auto")
     positive = ("max_seq_len", "global_train_batch_size", "global_eval_batch_size", "device_train_microbatch_size")
     assumed = ("num_devices", "mfu", "devices_per_node", "node_bandwidth", "network_bandwidth")
@@ -287,11 +288,11 @@ def compile_arguments(config: Sections) -> dict[str, Any] | None:
 
 
 def resolved_compile(config: TrainConfig, *, on_gpu: bool) -> tuple[Any, str]:
-    """What `compile` is on this device where it says auto, and why it is not compiled, or without CUDA graphs."""
+    """What `compile` is where it says auto, and why a GPU does not get CUDA graphs; "" where it does."""
     if config.compile != AUTO:
         return config.compile, ""
     if not on_gpu:
-        return False, "not on a GPU"
+        return False, ""
     if config.device_train_microbatch_size == AUTO:
         return False, "device_train_microbatch_size is auto: each size that Composer tries would be compiled"
     if config.parallelism_config:

@@ -267,7 +267,7 @@ def _for_device(config: TrainConfig, device: Device) -> TrainConfig:
     """The recipe as this device can run it, with a warning for what changes."""
     on_gpu = isinstance(device, DeviceGPU)
     compile_, reason = builders.resolved_compile(config, on_gpu=on_gpu)
-    if reason and on_gpu:
+    if reason:
         log.warning("compile auto becomes %s: %s", str(compile_).lower(), reason)
     config = dataclasses.replace(config, compile=compile_)
     if on_gpu:
@@ -414,7 +414,7 @@ def _trainer_arguments(config: TrainConfig, device: Device, device_batch: int, s
 def _needs_gradient_buffers(config: TrainConfig, device_batch: int) -> bool:
     """Whether several microbatches add up what CUDA graphs make; sharded gradients are FSDP's own."""
     micro = config.device_train_microbatch_size
-    several = isinstance(micro, str) or micro < device_batch
+    several = isinstance(micro, int) and micro < device_batch  # (auto has no CUDA graphs)
     return several and builders.uses_cuda_graphs(config) and not config.parallelism_config
 
 
