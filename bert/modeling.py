@@ -18,7 +18,7 @@ from bert.attention import SelfAttention
 from bert.configuration import M2BertConfig
 from bert.masked_lm import MaskedLMRowsOutput, masked_lm_output
 from monarch_mixer import BlockDiagonalLinear, DimensionMixer, ImplicitFilter, MonarchSequenceMixer
-from monarch_mixer.filters import two_sided_taps
+from monarch_mixer.filters import evaluation_dtype, two_sided_taps
 from monarch_mixer.kernels.support import NO_CENTERED_SHORT_CONVOLUTION, compute_dtype, kernels_apply
 from monarch_mixer.normalization import layer_norm
 
@@ -164,8 +164,9 @@ class Encoder(nn.Module):
         ):
             return None
         first = mixers[0]
-        filters = [implicit_filter for mixer in mixers for implicit_filter in mixer.filters()]
-        taps = two_sided_taps([f.tensors() for f in filters], hidden.shape[1], first.filter.frequency_scale).unbind()
+        filters = [implicit_filter.tensors() for mixer in mixers for implicit_filter in mixer.filters()]
+        dtype = evaluation_dtype(compute_dtype(hidden), hidden.device)
+        taps = two_sided_taps(filters, hidden.shape[1], first.filter.frequency_scale, dtype).unbind()
         each = len(first.filters())
         return [taps[start : start + each] for start in range(0, len(taps), each)]
 

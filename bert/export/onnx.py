@@ -138,7 +138,7 @@ class ExportableMixer(nn.Module):
 @torch.no_grad()
 def constant_taps(implicit_filter: ImplicitFilter) -> Tensor:
     """Return a filter's taps (2 * max_length - 1, channels): lag -(max_length - 1) first; lag 0 has the skip weight."""
-    forward, backward = implicit_filter(implicit_filter.max_length, False)
+    forward, backward = implicit_filter(implicit_filter.max_length, False, torch.float64)
     past = torch.zeros_like(forward) if backward is None else backward
     return torch.cat([past[:-1].flip(0), forward[:1] + implicit_filter.skip, forward[1:]])
 

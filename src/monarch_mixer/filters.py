@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from monarch_mixer.kernels.support import tf32_allowed
+
 # The decay rates span these: the fastest channel falls to TARGET at 0.3 of the maximum length, the slowest at 1.5.
 DECAY_TARGET = 1e-2
 FAST_DECAY_FRACTION = 0.3
@@ -31,28 +33,37 @@ class FilterNetwork(nn.Module):
             ]
         )
 
-    def forward(self, features: Tensor, frequency: Tensor) -> Tensor:
-        """Return taps (length, channels); `frequency` (order,) scales the argument of every sine."""
+    def forward(self, features: Tensor, frequency: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return taps (length, channels) in `dtype`, the last product's; the others' is that of the features.
+
+        `frequency` (order,) scales the argument of every sine. The parameters may be held in any dtype.
+        """
         hidden = features
-        last = len(self.layers) - 1
-        for depth, layer in enumerate(self.layers):
-            # The parameters may be held in bf16; the arithmetic is fp32 all the same (see ImplicitFilter).
-            hidden = F.linear(hidden, layer.weight.to(hidden.dtype), _cast(layer.bias, hidden.dtype))
-            if depth < last:
-                hidden = torch.sin(frequency * hidden)
-        return hidden
+        *inner, last = self.layers
+        for layer in inner:
+            product = F.linear(hidden, layer.weight.to(hidden.dtype), layer.bias.to(hidden.dtype))
+            hidden = torch.sin(frequency * product)
+        return F.linear(hidden.to(dtype), last.weight.to(dtype))
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype to evaluate filters' sines in for convolutions that are computed in `dtype`.
+
+    Each sine multiplies what came before it, rounding too, by its frequency: in fp32 taps differ by some 1e-6 of their
+    size, and gradients by 1e-5, with the order of sums, so with the length of a batch. Where all else is exact to fp32
+    all but the last product is fp64; not where fp32 products may be tf32, or the device has no fp64 (MPS).
+    """
+    exact = dtype == torch.float32 and device.type in ("cpu", "cuda") and not tf32_allowed(device.type)
+    return torch.float64 if exact else torch.promote_types(dtype, torch.float32)
 
 
 class ImplicitFilter(nn.Module):
     """The filter of one long convolution: its taps, forward and backward, and its skip weight.
 
-    Taps are computed in fp32 (or better) whatever autocast says: in bf16 neighbouring positions become equal (of 8,192
-    positions 4,874 remain distinct). The position grid and the decay are tied to `max_length`: the taps of a shorter
-    sequence are the first ones of the full grid. In evaluation without gradients they are kept until a weight changes.
+    Taps are computed in fp32 (or better, see `evaluation_dtype`) whatever autocast says: in bf16 neighbouring positions
+    become equal (of 8,192 positions 4,874 remain distinct). The position grid and the decay are tied to `max_length`:
+    the taps of a shorter sequence are the first ones of the full grid. In evaluation without gradients they are kept
+    until a weight changes.
     """
 
     def __init__(
@@ -130,11 +141,17 @@ class ImplicitFilter(nn.Module):
         if length > self.max_length:
             raise ValueError(f"{length} positions, but the filter was made for at most {self.max_length}")
 
-    def forward(self, length: int, cache: bool = True) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, length: int, cache: bool = True, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the forward and the backward taps, each (length, channels) in fp32 (fp64 for an fp64 model).
 
-        Backward taps are None for a causal filter; their row j is lag -(j + 1). `cache` says whether they may be kept
-        in evaluation.
+        Backward taps are None for a causal filter; their row j is lag -(j + 1).
+
+        Args:
+            length: positions of a sequence.
+            cache: whether the taps may be kept in evaluation.
+            dtype: what sines are evaluated in, or better for a model held in better; see `evaluation_dtype`.
 
         Raises:
             ValueError: `length` is over `max_length`.
@@ -142,32 +159,33 @@ class ImplicitFilter(nn.Module):
         self.check_length(length)
         if not cache or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._cached_taps = None
-            return self._compute_taps(length)
-        key = self._state_key(length)
+            return self._compute_taps(length, dtype)
+        key = self._state_key(length, dtype)
         if key is None:
-            return self._compute_taps(length)
+            return self._compute_taps(length, dtype)
         if self._cached_taps is None or self._cached_taps[0] != key:
-            self._cached_taps = (key, self._compute_taps(length))
+            self._cached_taps = (key, self._compute_taps(length, dtype))
         return self._cached_taps[1]
 
-    def _state_key(self, length: int) -> object:
-        """Return what changes with the weights; None where nothing tells, of a model made in inference mode."""
+    def _state_key(self, length: int, dtype: torch.dtype) -> object:
+        """Return what weights and arguments change; None where nothing tells, of a model made in inference mode."""
         # In-place updates raise a tensor's version, replacements change its address.
         tensors = [*self.parameters(), *self.buffers()]
         if any(tensor.is_inference() for tensor in tensors):
             return None
-        return length, tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+        return length, dtype, tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
 
-    def _compute_taps(self, length: int) -> tuple[Tensor, Tensor | None]:
+    def _compute_taps(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(self.times.device.type, enabled=False):
-            dtype = torch.promote_types(self.position_features.dtype, torch.float32)
+            taps_dtype = torch.promote_types(self.position_features.dtype, torch.float32)
+            dtype = torch.promote_types(taps_dtype, dtype)
             features = self.position_features[:length].to(dtype)
             frequency = self.frequency_scale * self.frequency.to(dtype)
-            decay = torch.exp(-self.times[:length, None].to(dtype) * self.decay_rates.to(dtype).abs())
-            forward_taps = self.forward_network(features, frequency) * decay
+            decay = torch.exp(-self.times[:length, None].to(taps_dtype) * self.decay_rates.to(taps_dtype).abs())
+            forward_taps = self.forward_network(features, frequency, taps_dtype) * decay
             if self.backward_network is None:
                 return forward_taps, None
-            return forward_taps, self.backward_network(features, frequency) * decay
+            return forward_taps, self.backward_network(features, frequency, taps_dtype) * decay
 
     def tensors(self) -> list[Tensor]:
         """Return all that the taps depend on, in the order of `two_sided_taps`."""
@@ -184,39 +202,44 @@ class ImplicitFilter(nn.Module):
         )
 
 
-def two_sided_taps(filters: Sequence[Sequence[Tensor]], length: int, frequency_scale: float) -> Tensor:
-    """Evaluate many filters of one shape together, in fp32 or better whatever autocast says.
+def two_sided_taps(
+    filters: Sequence[Sequence[Tensor]], length: int, frequency_scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Evaluate many filters of one shape together, whatever autocast says.
 
     Args:
         filters: each `ImplicitFilter.tensors()`: position features, times, decay rates, frequency, then the weights and
             biases of the forward and, where there is one, the backward network.
         length: positions of a sequence, at most the filters' maximum.
         frequency_scale: constant factor on the frequency.
+        dtype: what sines are evaluated in, or better for a model held in better; see `evaluation_dtype`.
 
     Returns:
-        (filters, channels, 2 * length - 1): taps from lag -(length - 1) up; zero at negative lags of a causal filter.
+        (filters, channels, 2 * length - 1) in fp32 (fp64 for an fp64 model): taps from lag -(length - 1) up; zero at
+        negative lags of a causal filter.
     """
     with torch.autocast(filters[0][0].device.type, enabled=False):
         positions, times, decay_rates, frequency, *weights = (
             torch.stack(group) for group in zip(*filters, strict=True)
         )
-        dtype = torch.promote_types(positions.dtype, torch.float32)
+        taps_dtype = torch.promote_types(positions.dtype, torch.float32)
+        dtype = torch.promote_types(taps_dtype, dtype)
         features = positions[:, :length].to(dtype)
         frequency = frequency_scale * frequency[:, None].to(dtype)
-        decay = torch.exp(-decay_rates.abs()[:, :, None].to(dtype) * times[:, None, :length].to(dtype))
+        decay = torch.exp(-decay_rates.abs()[:, :, None].to(taps_dtype) * times[:, None, :length].to(taps_dtype))
         networks = [weights[start : start + 7] for start in range(0, len(weights), 7)]
-        forward, *backward = (_stacked_taps(features, frequency, network) * decay for network in networks)
+        forward, *backward = (_stacked_taps(features, frequency, network, taps_dtype) * decay for network in networks)
         past = backward[0][..., : length - 1].flip(2) if backward else torch.zeros_like(forward[..., : length - 1])
         return torch.cat([past, forward], 2)
 
 
-def _stacked_taps(features: Tensor, frequency: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Apply networks (filters, ...) to features (filters, length, features): taps (filters, channels, length)."""
+def _stacked_taps(features: Tensor, frequency: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Do what `FilterNetwork` does for networks (filters, ...), channels first: taps (filters, channels, length)."""
     hidden = features
     for weight, bias in zip(weights[0:6:2], weights[1:6:2], strict=True):
         product = torch.baddbmm(bias[:, None].to(hidden.dtype), hidden, weight.mT.to(hidden.dtype))
         hidden = torch.sin(frequency * product)
-    return torch.bmm(weights[6].to(hidden.dtype), hidden.mT)
+    return torch.bmm(weights[6].to(dtype), hidden.to(dtype).mT)
 
 
 def position_grid(max_length: int, num_features: int, period: int | None = None) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monarch_mixer import cpu
-from monarch_mixer.filters import ImplicitFilter, two_sided_taps
+from monarch_mixer.filters import ImplicitFilter, evaluation_dtype, two_sided_taps
 from monarch_mixer.kernels.support import NO_CENTERED_SHORT_CONVOLUTION, compute_dtype, kernels_apply
 from monarch_mixer.long_convolution import long_convolution, short_convolution
 from monarch_mixer.normalization import layer_norm
@@ -174,18 +174,18 @@ class MonarchSequenceMixer(nn.Module):
         """
         if kernels_apply(x, compute_dtype(x), NO_CENTERED_SHORT_CONVOLUTION if self.ahead else None):
             return self._forward_kernels(x, compute_dtype(x), taps, cache_filters, lengths)
-        length = x.shape[1]
+        length, filter_dtype = x.shape[1], evaluation_dtype(compute_dtype(x), x.device)
         if self.norm is not None:
             x = self.norm(x)
         residual_taps = None
         if self.residual_filter is not None:
-            residual_taps = (*self.residual_filter(length, cache_filters), self.residual_filter.skip)
+            residual_taps = (*self.residual_filter(length, cache_filters, filter_dtype), self.residual_filter.skip)
         y = gated_long_convolution(
             _project(self.input_projection, x),
             x,
             self.short_weight,
             self.short_bias,
-            (*self.filter(length, cache_filters), self.filter.skip),
+            (*self.filter(length, cache_filters, filter_dtype), self.filter.skip),
             residual_taps,
             lengths,
             self.ahead,
@@ -222,7 +222,8 @@ class MonarchSequenceMixer(nn.Module):
             y = mix_cached(projected, parameters, gated, u, residual[0] if residual else None, scale, lengths)
         else:
             if taps is None:
-                taps = two_sided_taps([f.tensors() for f in self.filters()], length, scale).unbind()
+                filters = [f.tensors() for f in self.filters()]
+                taps = two_sided_taps(filters, length, scale, evaluation_dtype(dtype, x.device)).unbind()
             operands = [operand(filter_taps, dtype) for filter_taps in taps]
             gated_filter, *residual_filter = zip(operands, skips, strict=True)
             y = mix(projected, parameters, gated_filter, u, residual_filter[0] if residual_filter else None, lengths)

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from monarch_mixer import ImplicitFilter, MonarchSequenceMixer, reference, sequence_mixer
+from monarch_mixer import ImplicitFilter, MonarchSequenceMixer, filters, reference, sequence_mixer
+from monarch_mixer.filters import evaluation_dtype
 from monarch_mixer.kernels import support
 from tests.monarch_mixer.kernels.support import relative_error
 
@@ -28,6 +29,34 @@ def test_a_shorter_sequence_gets_the_first_taps():
         torch.testing.assert_close(whole[:7], first)
     with pytest.raises(ValueError, match="17 positions"):
         implicit(17)
+
+
+def test_sines_are_evaluated_in_fp64_where_all_else_is_exact(monkeypatch):
+    """And nowhere else: it costs time, and half precision or tf32 show nothing of it."""
+    for device, tf32, exact in (
+        ("cpu", True, True),
+        ("cuda", False, True),
+        ("cuda", True, False),
+        ("mps", False, False),
+    ):
+        monkeypatch.setattr(filters, "tf32_allowed", lambda device_type, tf32=tf32: tf32 and device_type == "cuda")
+        expected = torch.float64 if exact else torch.float32
+        assert evaluation_dtype(torch.float32, torch.device(device)) == expected
+        assert evaluation_dtype(torch.bfloat16, torch.device(device)) == torch.float32
+
+
+def test_taps_in_fp32_are_exact_where_their_sines_are():
+    """A mixer in fp32 asks for that; under autocast it does not."""
+    mixer = MonarchSequenceMixer(8, 64, filter_order=128).train()
+    exact = copy.deepcopy(mixer.filter).double()(64)[0]
+    assert relative_error(mixer.filter(64, dtype=torch.float64)[0], exact) < 3e-7
+    assert relative_error(mixer.filter(64)[0], exact) > 1e-6
+    asked = []
+    mixer.filter.register_forward_hook(lambda module, arguments, taps: asked.append(arguments[2]))
+    mixer(torch.randn(2, 64, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixer(torch.randn(2, 64, 8))
+    assert asked == [torch.float64, torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

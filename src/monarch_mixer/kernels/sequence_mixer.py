@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from monarch_mixer.filters import two_sided_taps
+from monarch_mixer.filters import evaluation_dtype, two_sided_taps
 from monarch_mixer.kernels import monarch_fft, toeplitz
 from monarch_mixer.kernels.gates import short_convolution_backward, transpose
 from monarch_mixer.kernels.monarch_fft_filters import spectrum, taps_gradient
@@ -295,7 +295,7 @@ def _cached_operand(tensors: Sequence[Tensor], length: int, dtype: torch.dtype, 
     longest = min(-(-length // unit) * unit, tensors[0].shape[0])
 
     def make(evaluated: int) -> Tensor:
-        taps = two_sided_taps([tensors], evaluated, frequency_scale)[0]
+        taps = two_sided_taps([tensors], evaluated, frequency_scale, evaluation_dtype(dtype, tensors[0].device))[0]
         made = operand(taps[:, evaluated - longest : evaluated + longest - 1], dtype, method)
         # Without a gradient to carry, a transform is worth no more than the products' own precision.
         return made if method == TOEPLITZ else made.to(dtype)

@@ -85,7 +85,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     """
     if interpreting():
         return "interpreted"
-    return "tf32x3" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    return "tf32x3" if dtype == torch.float32 and not tf32_allowed("cuda") else "tf32"
+
+
+@torch.compiler.assume_constant_result
+def tf32_allowed(device_type: str) -> bool:
+    """Say whether PyTorch's fp32 products on such a device may be tf32, whose mantissa has 10 bits."""
+    return device_type == "cuda" and torch.backends.cuda.matmul.allow_tf32
 
 
 def stored_share(dtype: torch.dtype) -> float:
