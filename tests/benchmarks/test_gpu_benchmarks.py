@@ -206,7 +206,7 @@ def test_kernels_of_a_gpu_are_counted_once(run: Run) -> None:
     def on_gpu(name: str, us: float, annotation: bool = False) -> SimpleNamespace:
         return SimpleNamespace(name=name, device_type=cuda, device_time=us, is_user_annotation=annotation)
 
-    mlp = on_cpu("monarch_mixer::gated_mlp", {"_forward_tiles": 40.0})
+    mlp = on_cpu("monarch_mixer::gated_mlp", {"_activate_kernel": 40.0})
     events = [
         on_cpu("aten::addmm", {"gemm": 70.0, "reduce": 30.0}, shapes=[[64], [64, 32], [32, 96], [], []]),
         on_cpu("aten::add", {"add": 5.0}),
@@ -216,7 +216,7 @@ def test_kernels_of_a_gpu_are_counted_once(run: Run) -> None:
         on_gpu("gemm", 70.0),
         on_gpu("reduce", 30.0),
         on_gpu("add", 5.0),
-        on_gpu("_forward_tiles", 40.0),
+        on_gpu("_activate_kernel", 40.0),
         on_gpu("gemm", 20.0),
         on_gpu("gemm", 10.0),
     ]
@@ -224,7 +224,7 @@ def test_kernels_of_a_gpu_are_counted_once(run: Run) -> None:
     product = "aten::addmm 64x32 @ 32x96"
     assert times == {
         ("gemm", product, ""): [100.0],
-        ("_forward_tiles", "", "monarch_mixer::gated_mlp"): [40.0],
+        ("_activate_kernel", "", "monarch_mixer::gated_mlp"): [40.0],
         ("gemm", "aten::bmm 4x64x8 @ 4x8x16", "monarch_mixer::gated_mlp"): [20.0],
         ("gemm", "", ""): [10.0],
         ("add", "", ""): [5.0],

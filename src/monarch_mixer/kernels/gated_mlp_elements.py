@@ -1,4 +1,4 @@
-"""What the gated MLP's forward and backward kernels share: how they are cut, GELU, dropout, and the two products."""
+"""What the gated MLP's forward and backward kernels share: gates and values, tiles of elements, GELU and dropout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from monarch_mixer.kernels import support
-from monarch_mixer.kernels.products import dot
 
 # Cheap GELU for 16-bit dtypes: Phi(x) = sigmoid(x (C0 + C1 s + C2 s^2)), s = min(x^2, LIMIT), where the polynomial is
 # still positive, so that far tails stay right. Minimax fit of x Phi(x): the largest absolute error is 2.6e-5, and
@@ -26,41 +25,51 @@ INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 INTERPRETING = tl.constexpr(support.interpreting())
 
 
-class Config(NamedTuple):
-    """How a kernel is cut into programs."""
+class Tile(NamedTuple):
+    """What a program of an element-wise kernel works on."""
 
-    block_t: int  # tokens a tile
-    block_n: int  # columns of the intermediate a tile
-    block_k: int  # features of the input a step; 0: input blocks are held whole (forward only)
+    tokens: int
+    columns: int
     warps: int
-    stages: int
-    splits: int = 1  # where they are held: programs that share the columns of one tile of tokens
 
 
-def block_k_for(in_block: int) -> int:
-    """Return the features a step for 16-bit input blocks of this width."""
-    return max(16, min(64, triton.next_power_of_2(in_block)))
+def tile_for(inner_block: int) -> Tile:
+    """Return the tile for an intermediate of this width a block: a run of each row that loads well, and some rows."""
+    columns = max(16, min(256, triton.next_power_of_2(inner_block)))
+    return Tile(1024 // columns, columns, 4)
 
 
-def launch_options(input_weight: Tensor, dropout: float, config: Config) -> dict[str, Any]:
-    """Return the keyword arguments that every kernel here takes."""
-    num_blocks, wide, in_block = input_weight.shape
-    dtype = input_weight.dtype
+def gates_and_values(x: Tensor, input_weight: Tensor) -> Tensor:
+    """Return what gates and values are made of: x's blocks times their weights, (num_blocks, tokens, 2 * inner_block).
+
+    Args:
+        x: (tokens, num_blocks * in_block), any strides.
+        input_weight: (num_blocks, 2 * inner_block, in_block).
+    """
+    return torch.bmm(x.unflatten(1, (len(input_weight), -1)).transpose(0, 1), input_weight.transpose(1, 2))
+
+
+def grid_of(wide: Tensor, tile: Tile) -> tuple[int]:
+    """Return the grid for what `gates_and_values` returned: a program a tile of one output block."""
+    num_blocks, tokens, width = wide.shape
+    return (triton.cdiv(tokens, tile.tokens) * num_blocks * triton.cdiv(width // 2, tile.columns),)
+
+
+def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """Return the keyword arguments, of every kernel here, that say how an intermediate of this dtype is made."""
     return {
-        "PAIRS": num_blocks // 2,
-        "INNER": wide // 2,
-        "IN": in_block,
         # bf16 rounds more coarsely than the hardware's tanh; fp16 does not.
         "GELU": {torch.float32: "exact", torch.bfloat16: "tanh"}.get(dtype, "sigmoid"),
+        "STORED": support.stored_share(dtype),
+    }
+
+
+def dropping(dropout: float) -> dict[str, Any]:
+    """Return the keyword arguments of dropout."""
+    return {
         # A feature is kept where 32 random bits reach this.
         "DROP_BELOW": min(round(dropout * 2**32), 2**32 - 1),
         "SCALE": 0.0 if dropout == 1 else 1 / (1 - dropout),
-        "STORED": support.stored_share(dtype),
-        "PRECISION": support.dot_precision(dtype),
-        "BLOCK_T": config.block_t,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
     }
 
 
@@ -126,45 +135,23 @@ def gelu_slope(x, cdf, GELU: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointer, rows, row_stride, columns, column_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Load rows x columns; rows must be inside, columns from COLUMNS on are zeros."""
-    pointers = pointer + rows[:, None] * row_stride + columns[None, :] * column_stride
-    if COLUMNS % BLOCK == 0:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=(columns < COLUMNS)[None, :], other=0.0)
+def place_of(
+    num_tokens, PAIRS: tl.constexpr, INNER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Return where this program's tile is: in the intermediate, and, of the gates, in `gates_and_values`.
 
-
-@triton.jit
-def gates_and_values(
-    x_ptr,
-    w_ptr,
-    tokens,
-    columns,
-    pair,
-    x_t,
-    x_c,
-    PAIRS: tl.constexpr,
-    INNER: tl.constexpr,
-    IN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Return gates and values (BLOCK_T, BLOCK_N) of tokens and columns, all inside the tensors, in fp32."""
-    gates = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    values = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    gate_x = x_ptr + pair * IN * x_c
-    value_x = gate_x + PAIRS * IN * x_c
-    gate_w = w_ptr + pair * (2 * INNER * IN)
-    value_w = gate_w + PAIRS * 2 * INNER * IN
-    for start in range(0, IN, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = load_tile(gate_x, tokens, x_t, k, x_c, IN, BLOCK_K)
-        w = load_tile(gate_w, columns, IN, k, 1, IN, BLOCK_K)
-        gates = dot(x, tl.trans(w), gates, PRECISION)
-        x = load_tile(value_x, tokens, x_t, k, x_c, IN, BLOCK_K)
-        w = load_tile(value_w, columns, IN, k, 1, IN, BLOCK_K)
-        values = dot(x, tl.trans(w), values, PRECISION)
-    return gates, values
+    Returns:
+        Rows of the intermediate (blocks and tokens) and columns of a block, for dropout; the mask of what is inside;
+        offsets of the intermediate, of the gates, and from those to the values.
+    """
+    TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    half = program // TILES % 2
+    pair = program // (2 * TILES) % PAIRS
+    tokens = (program // (2 * TILES * PAIRS)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = program % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (tokens < num_tokens)[:, None] & (columns < INNER)[None, :]
+    rows = (2 * pair + half).to(tl.int64) * num_tokens + tokens
+    gates = (pair.to(tl.int64) * num_tokens + tokens)[:, None] * (2 * INNER) + half * INNER + columns[None, :]
+    values = tl.cast(num_tokens, tl.int64) * (2 * INNER * PAIRS)
+    return rows, columns, inside, rows[:, None] * INNER + columns[None, :], gates, values
