@@ -343,6 +343,21 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
 
 
+def end_workers(loader: Any) -> None:
+    """End the workers that a loader keeps between epochs.
+
+    Left alone they end with Python, which sends them SIGTERM and waits: they take it for the job's, and stay a minute.
+    """
+    iterator = getattr(loader, "_iterator", None)
+    if not hasattr(iterator, "_shutdown_workers"):
+        return
+    loader._iterator = None
+    iterator._shutdown_workers()
+    for worker in iterator._workers:
+        if worker.is_alive():  # it waits for a rank that is gone
+            worker.kill()
+
+
 # Fields of DatasetConfig that are not options of StreamingDataset, or are passed in another form.
 _OWN_FIELDS = ("streams", "local", "remote", "split", "mlm_probability", "mask_seed", "shuffle_seed")
 

@@ -25,7 +25,7 @@ from bert.composer_models import MaskedLanguageModel, count_parameters, padded_v
 from bert.data.loader_config import LoaderConfig, check_metadata, load_metadata
 from bert.data.metadata import DatasetMetadata
 from bert.data.shared_memory import clean_stale_shared_memory
-from bert.data.streaming_text import build_data_spec
+from bert.data.streaming_text import build_data_spec, end_workers
 from bert.data.tokenizer import fingerprint, load_tokenizer
 from bert.errors import DataError, RecipeError, storage_failure
 from bert.files import write_text
@@ -233,7 +233,14 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
     except BaseException:
         trainer.engine.close()  # and not the trainer, which would wait for ranks that may be gone
         raise
-    trainer.close()
+    else:
+        trainer.close()
+    finally:
+        for loader in (
+            trainer.state.train_dataloader,
+            *(each.dataloader.dataloader for each in trainer.state.evaluators),
+        ):
+            end_workers(loader)
     for name, value in result.evaluation.items():
         log.info("evaluation: %s %.4f", name, value)
     if entropy is not None:

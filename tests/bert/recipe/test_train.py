@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,32 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(
     assert main([*arguments, "run_name=stopped"]) == 0  # it is finished: nothing to do
     assert (stopped / "metrics.jsonl").read_text() == log
     assert lines(stopped, "eval")[-1].keys() == lines(tmp_path / "runs" / "whole", "eval")[-1].keys()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_run_leaves_no_workers_behind(recipe: Recipe, stopped: bool) -> None:
+    """Python would end them at its own end, and they take a minute then (`_start_worker`)."""
+    before = set(multiprocessing.active_children())
+    workers = ["train_loader.num_workers=2", "eval_loader.num_workers=1", "max_duration=4ba", "eval_interval=2ba"]
+    arguments = [str(recipe()), *workers]
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[int] = []
+        original = NaNGuard.batch_end
+
+        def batch_end(self: NaNGuard, state: State, logger: object) -> None:
+            original(self, state, logger)  # type: ignore[arg-type]
+            seen.append(len(set(multiprocessing.active_children()) - before))
+            if stopped and len(seen) == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr(NaNGuard, "batch_end", batch_end)
+        if stopped:
+            with pytest.raises(KeyboardInterrupt):
+                main(arguments)
+        else:
+            assert main(arguments) == 0
+    assert seen[-1] == 3
+    assert not set(multiprocessing.active_children()) - before
 
 
 def test_microbatches_do_not_change_the_loss(recipe: Recipe, tmp_path: Path) -> None:
