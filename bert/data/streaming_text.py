@@ -348,7 +348,7 @@ def end_workers(loader: Any) -> None:
 
     Left alone they end with Python, which sends them SIGTERM and waits: they take it for the job's, and stay a minute.
     """
-    iterator = getattr(loader, "_iterator", None)
+    iterator: Any = getattr(loader, "_iterator", None)
     if not hasattr(iterator, "_shutdown_workers"):
         return
     loader._iterator = None
