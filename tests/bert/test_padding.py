@@ -126,7 +126,9 @@ def test_long_batches_in_the_kernels(length, dtype):
         exact, found = run_alone(model, rows, weights), run(model, rows, weights, length, dtype)
         draws.append((found, exact if dtype is None else run_alone(model, rows, weights, dtype), exact))
     if dtype is None:
-        assert_same(found, exact, 1e-5)
+        # Of four models each an H200's worst gradient was off by 7.1e-6 up to 1,021 tokens, by 1.2e-5 at 4,097 and by
+        # 1.0e-5 at 9,001, where plain fp32 FFTs on a CPU were off by 1.5e-5 and 2.1e-5.
+        assert_same(found, exact, 1e-5 if length <= 1021 else 2e-5)
     else:
         assert_same_but_for_rounding(draws)
     model.eval()
