@@ -113,8 +113,8 @@ def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of this process."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
-    # Gloo's threads let go of Python callbacks (bf16's) after the reduction is done, and need the interpreter for it, which
-    # the group's destructor holds while it waits for them: a deadlock once in many runs.
+    # Gloo's threads let go of Python callbacks (bf16's) after the reduction is done, and need the interpreter for it,
+    # which the group's destructor holds while it waits for them: a deadlock, seen once.
     torch.distributed.barrier()
     time.sleep(0.2)
     torch.distributed.destroy_process_group()
