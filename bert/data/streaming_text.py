@@ -344,7 +344,7 @@ def _start_worker(worker: int) -> None:
 
 
 def end_workers(loader: Any) -> None:
-    """End the workers that a loader keeps between epochs.
+    """End the workers that a loader keeps between epochs (others end with their epoch's iterator).
 
     Left alone they end with Python, which sends them SIGTERM and waits: they take it for the job's, and stay a minute.
     """

@@ -1,4 +1,4 @@
-"""The gated block-diagonal MLP: GELU, gates and dropout in one kernel, in evaluation with the products; its backward.
+"""The gated block-diagonal MLP: GELU, gates and dropout in one kernel, without dropout with the products; its backward.
 
 With nb blocks, output block j takes its gates from input block j // 2 and its values from input block nb / 2 + j // 2,
 rows (j % 2) * inner_block onward of each. Blocks 2p and 2p + 1, "pair" p, so share what they read: two input blocks and
@@ -8,9 +8,8 @@ Layouts are chosen so that every product is one `torch.bmm` of views. The interm
 inner_block); gates and values together, and their gradients, are (num_blocks, tokens, 2 * inner_block), by *input*
 block. The backward pass computes gates and values again from x, so that a training step keeps no intermediate.
 
-In training PyTorch's products and an element-wise kernel at the speed of the memory are faster than one kernel that
-does both (0.30 against 0.35 ms forward and 0.45 against 0.49 backward, 32,768 tokens of M2-BERT-base, H200); without
-dropout the one kernel is (0.49 against 0.58 ms, 65,536 tokens). docs/performance.md has more.
+With dropout PyTorch's products and an element-wise kernel at the speed of the memory are faster than one kernel that
+does both; without it, for M2-BERT-base in half precision, the one kernel is. docs/performance.md has the timings.
 
 This module has the operator; its kernels are in `gated_mlp_forward` and `gated_mlp_backward`, and what those share in
 `gated_mlp_elements`.

@@ -37,7 +37,7 @@ def gated_backward(
         (num_blocks, tokens, 2 * inner_block), by input block: gates' gradients in the first half of the blocks, values'
         in the second; and the intermediate (num_blocks, tokens, inner_block), times `support.stored_share`.
     """
-    # Each program reads its part of both, then puts the results there.
+    # Each thread reads its elements of both, then puts the results there: loads and stores are of the same places.
     both, inner = gates_and_values(x, input_weight), torch.bmm(grad, output_weight)
     if inner.numel():
         num_blocks, tokens, inner_block = inner.shape

@@ -293,9 +293,10 @@ def _cached_operand(tensors: Sequence[Tensor], length: int, dtype: torch.dtype, 
     method = method_for(length, dtype)
     unit = toeplitz.MAX_LENGTH[dtype] if method == TOEPLITZ else method
     longest = min(-(-length // unit) * unit, tensors[0].shape[0])
+    filter_dtype = evaluation_dtype(dtype, tensors[0].device)
 
     def make(evaluated: int) -> Tensor:
-        taps = two_sided_taps([tensors], evaluated, frequency_scale, evaluation_dtype(dtype, tensors[0].device))[0]
+        taps = two_sided_taps([tensors], evaluated, frequency_scale, filter_dtype)[0]
         made = operand(taps[:, evaluated - longest : evaluated + longest - 1], dtype, method)
         # Without a gradient to carry, a transform is worth no more than the products' own precision.
         return made if method == TOEPLITZ else made.to(dtype)
@@ -309,7 +310,7 @@ def _cached_operand(tensors: Sequence[Tensor], length: int, dtype: torch.dtype, 
     if kept.weights != weights:
         kept.weights = weights
         kept.operands.clear()
-    key = (longest, method, dtype, frequency_scale)
+    key = (longest, method, dtype, filter_dtype, frequency_scale)
     if key not in kept.operands:
         # At all positions: whatever the length, the same taps to the last bit.
         kept.operands[key] = outside_graphs(lambda: make(tensors[0].shape[0]), tensors[0].device)

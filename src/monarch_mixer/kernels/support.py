@@ -90,7 +90,10 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 @torch.compiler.assume_constant_result
 def tf32_allowed(device_type: str) -> bool:
-    """Say whether PyTorch's fp32 products on such a device may be tf32, whose mantissa has 10 bits."""
+    """Say whether PyTorch's fp32 products on such a device may be tf32, whose mantissa has 10 bits.
+
+    A compiled graph keeps the answer that it was traced with.
+    """
     return device_type == "cuda" and torch.backends.cuda.matmul.allow_tf32
 
 
