@@ -66,10 +66,15 @@ def error(value, expected):
 
 
 def assert_same(found, expected, tolerance):
-    """The largest difference of a hidden state, and the norm of each gradient's, by those of what is expected."""
+    """The largest difference of a hidden state, and the norms of each gradient's and of all, by those expected.
+
+    All together are within 1e-5 whatever is allowed for one.
+    """
     assert (found[0] - expected[0]).abs().max() <= tolerance * expected[0].abs().max()
     assert found[1].keys() == expected[1].keys()
     total = torch.cat([gradient.flatten() for gradient in expected[1].values()]).norm()
+    differences = [(found[1][name] - gradient).flatten() for name, gradient in expected[1].items()]
+    assert torch.cat(differences).norm() <= min(tolerance, 1e-5) * total
     for name, gradient in expected[1].items():  # those that cancel to nothing are judged beside the others
         difference = (found[1][name] - gradient).norm()
         assert difference <= tolerance * max(gradient.norm(), 0.01 * total), name
