@@ -8,15 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from monarch_mixer.kernels.gated_mlp_elements import (
-    arithmetic,
-    dropping,
+    for_each_element,
     gates_and_values,
     gelu_slope,
-    grid_of,
     kept,
     normal_cdf,
     place_of,
-    tile_for,
 )
 
 
@@ -40,21 +37,7 @@ def gated_backward(
     # Each thread reads its elements of both, then puts the results there: loads and stores are of the same places.
     both, inner = gates_and_values(x, input_weight), torch.bmm(grad, output_weight)
     if inner.numel():
-        num_blocks, tokens, inner_block = inner.shape
-        tile = tile_for(inner_block)
-        _backward_kernel[grid_of(both, tile)](
-            both,
-            inner,
-            seed,
-            tokens,
-            PAIRS=num_blocks // 2,
-            INNER=inner_block,
-            BLOCK_T=tile.tokens,
-            BLOCK_N=tile.columns,
-            num_warps=tile.warps,
-            **arithmetic(x.dtype),
-            **dropping(dropout),
-        )
+        for_each_element(_backward_kernel, both, inner, seed, dropout)
     return both, inner
 
 

@@ -1,8 +1,8 @@
-"""What the gated MLP's forward and backward kernels share: gates and values, tiles of elements, GELU and dropout."""
+"""What the gated MLP's forward and backward kernels share: gates and values, a walk over elements, GELU, dropout."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,20 +25,6 @@ INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 INTERPRETING = tl.constexpr(support.interpreting())
 
 
-class Tile(NamedTuple):
-    """What a program of an element-wise kernel works on."""
-
-    tokens: int
-    columns: int
-    warps: int
-
-
-def tile_for(inner_block: int) -> Tile:
-    """Return the tile for an intermediate of this width a block: a run of each row that loads well, and some rows."""
-    columns = max(16, min(256, triton.next_power_of_2(inner_block)))
-    return Tile(1024 // columns, columns, 4)
-
-
 def gates_and_values(x: Tensor, input_weight: Tensor) -> Tensor:
     """Return what gates and values are made of: x's blocks times their weights, (num_blocks, tokens, 2 * inner_block).
 
@@ -47,12 +33,6 @@ def gates_and_values(x: Tensor, input_weight: Tensor) -> Tensor:
         input_weight: (num_blocks, 2 * inner_block, in_block).
     """
     return torch.bmm(x.unflatten(1, (len(input_weight), -1)).transpose(0, 1), input_weight.transpose(1, 2))
-
-
-def grid_of(wide: Tensor, tile: Tile) -> tuple[int]:
-    """Return the grid for what `gates_and_values` returned: a program a tile of one output block."""
-    num_blocks, tokens, width = wide.shape
-    return (triton.cdiv(tokens, tile.tokens) * num_blocks * triton.cdiv(width // 2, tile.columns),)
 
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
@@ -64,13 +44,35 @@ def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def dropping(dropout: float) -> dict[str, Any]:
-    """Return the keyword arguments of dropout."""
-    return {
+def for_each_element(kernel: Any, both: Tensor, inner: Tensor, seed: Tensor | None, dropout: float) -> None:
+    """Start a kernel that works through an intermediate element by element, a program a tile of one output block.
+
+    Args:
+        kernel: takes both, inner, seed and tokens, then what `place_of`, GELU and dropout take.
+        both: what `gates_and_values` returned.
+        inner: the intermediate, (num_blocks, tokens, inner_block), not empty.
+        seed: int64 (1,), what the dropout's mask is a function of; needed where dropout is not 0.
+        dropout: probability with which a feature is dropped.
+    """
+    num_blocks, tokens, inner_block = inner.shape
+    # A run of each row that loads well, and some rows.
+    columns = max(16, min(256, triton.next_power_of_2(inner_block)))
+    rows = 1024 // columns
+    kernel[(triton.cdiv(tokens, rows) * num_blocks * triton.cdiv(inner_block, columns),)](
+        both,
+        inner,
+        seed,
+        tokens,
+        PAIRS=num_blocks // 2,
+        INNER=inner_block,
         # A feature is kept where 32 random bits reach this.
-        "DROP_BELOW": min(round(dropout * 2**32), 2**32 - 1),
-        "SCALE": 0.0 if dropout == 1 else 1 / (1 - dropout),
-    }
+        DROP_BELOW=min(round(dropout * 2**32), 2**32 - 1),
+        SCALE=0.0 if dropout == 1 else 1 / (1 - dropout),
+        BLOCK_T=rows,
+        BLOCK_N=columns,
+        num_warps=4,
+        **arithmetic(inner.dtype),
+    )
 
 
 @triton.jit

@@ -10,13 +10,11 @@ from torch import Tensor
 from monarch_mixer.kernels import support
 from monarch_mixer.kernels.gated_mlp_elements import (
     arithmetic,
-    dropping,
+    for_each_element,
     gates_and_values,
-    grid_of,
     kept,
     normal_cdf,
     place_of,
-    tile_for,
 )
 from monarch_mixer.kernels.products import dot
 
@@ -48,24 +46,9 @@ def gated_forward(
 
 def _in_two_steps(x: Tensor, input_weight: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     num_blocks, wide, _ = input_weight.shape
-    tokens, inner_block = len(x), wide // 2
-    inner = support.empty(num_blocks, tokens, inner_block, dtype=x.dtype, device=x.device)
-    if not inner.numel():
-        return inner
-    both, tile = gates_and_values(x, input_weight), tile_for(inner_block)
-    _activate_kernel[grid_of(both, tile)](
-        both,
-        inner,
-        seed,
-        tokens,
-        PAIRS=num_blocks // 2,
-        INNER=inner_block,
-        BLOCK_T=tile.tokens,
-        BLOCK_N=tile.columns,
-        num_warps=tile.warps,
-        **arithmetic(x.dtype),
-        **dropping(dropout),
-    )
+    inner = support.empty(num_blocks, len(x), wide // 2, dtype=x.dtype, device=x.device)
+    if inner.numel():
+        for_each_element(_activate_kernel, gates_and_values(x, input_weight), inner, seed, dropout)
     return inner
 
 
