@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer import Trainer
 from composer.core import Callback, Evaluator, Event, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, reproducibility
@@ -36,6 +35,7 @@ from bert.provenance import device_name, processor, versions
 from bert.recipe import builders
 from bert.recipe.callbacks import TrainingDivergedError
 from bert.recipe.train import precision_on, training_device
+from bert.recipe.trainer import Trainer
 from monarch_mixer.kernels import use_kernels
 
 log = logging.getLogger(__name__)

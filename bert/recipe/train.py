@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from composer import Trainer
 from composer.core import Evaluator, Precision
 from composer.devices import Device, DeviceCPU, DeviceGPU
 from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
@@ -44,6 +43,7 @@ from bert.recipe.heartbeat import LOST_RANK_EXIT_CODE, Heartbeat, LostRankError
 from bert.recipe.resume import check_checkpoint, point_latest_to, run_folder, starting_point
 from bert.recipe.schema import RECIPE_FOLDER, TrainConfig, load_config, to_yaml
 from bert.recipe.stopping import StopOnSignal, TrainingStoppedError
+from bert.recipe.trainer import Trainer
 from bert.safe_loading import safe_loading
 from monarch_mixer.kernels import use_kernels
 

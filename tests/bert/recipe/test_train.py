@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import composer
 import pytest
 import torch
 from composer.core import State
@@ -17,6 +18,7 @@ from bert.errors import RecipeError
 from bert.recipe import builders
 from bert.recipe import train as train_module
 from bert.recipe.callbacks import NaNGuard
+from bert.recipe.optim import DecoupledAdamW
 from bert.recipe.schema import TrainConfig, load_config
 from bert.recipe.train import main, train
 from monarch_mixer.kernels import kernels_enabled
@@ -128,6 +130,29 @@ def test_microbatches_do_not_change_the_loss(recipe: Recipe, tmp_path: Path) -> 
     assert main([*common, "run_name=four", "device_train_microbatch_size=2"]) == 0
     one, four = (losses(tmp_path / "runs" / name) for name in ("one", "four"))
     assert list(one.values()) == pytest.approx(list(four.values()), abs=1e-5)
+
+
+def test_the_weights_are_updated_before_the_host_reads_the_loss(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in a closure of the optimizer's, as Composer's own trainer does it; the losses are the same ones."""
+    closures: list[object] = []
+    step = DecoupledAdamW.step
+
+    def watched(self: DecoupledAdamW, closure: Callable[[], object] | None = None) -> object:
+        closures.append(closure)
+        return step(self, closure)
+
+    monkeypatch.setattr(DecoupledAdamW, "step", watched)
+    arguments = [str(recipe()), "max_duration=6ba", "device_train_microbatch_size=2"]
+    assert main([*arguments, "run_name=ours"]) == 0
+    assert closures == [None] * 6
+    monkeypatch.setattr(train_module, "Trainer", composer.Trainer)
+    assert main([*arguments, "run_name=composers"]) == 0
+    assert None not in closures[6:]
+    ours, theirs = (losses(tmp_path / "runs" / name) for name in ("ours", "composers"))
+    assert len(ours) == 6
+    assert ours == theirs
 
 
 def test_the_kernels_switch_holds_while_the_model_is_built_and_trained(
