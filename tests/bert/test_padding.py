@@ -106,6 +106,14 @@ def test_a_padded_batch_is_its_rows(name, device):
     assert_same(run(model, rows[:1], weights[:1], 17), run(model, rows[:1], weights[:1], 13), 1e-5)
 
 
+def test_a_long_padded_batch_is_its_rows():
+    """Where convolutions are FFTs, of another length for each row."""
+    length = 1021
+    model = make("m2", max_position_embeddings=length, long_conv_l_max=length)
+    rows, weights = make_rows((length - 3, length // 2, 1), model.config.hidden_size)
+    assert_same(run(model, rows, weights, length), run_alone(model, rows, weights), 4e-6)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["m2", "m2_centered", "attention", "hugging_face"])
 def test_in_bf16_up_to_its_own_rounding(name, device):

@@ -1,9 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from monarch_mixer import long_convolution, reference, short_convolution
-from monarch_mixer.long_convolution import direct_convolution, fft_convolution
+from monarch_mixer.kernels import support
+from monarch_mixer.long_convolution import _next_smooth_size, direct_convolution, fft_convolution
 from tests.conftest import FIXTURES
 
 LENGTHS = [1, 2, 3, 7, 16, 63, 64, 127, 129, 300, 509]
@@ -31,6 +34,45 @@ def test_outputs_and_every_gradient_equal_the_toeplitz_product(length, method, b
     expected = outputs_and_gradients(reference.long_convolution, inputs)
     for actual, wanted in zip(outputs_and_gradients(method, inputs), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["both_ways", "causal"])
+@pytest.mark.parametrize("length", [1, 300, 509])
+def test_an_exact_forward_pass_rounds_once(length, bidirectional):
+    """And its gradients are those of fp32."""
+    inputs = make_inputs(length, bidirectional=bidirectional, dtype=torch.float32)
+    in_double = [None if tensor is None else tensor.double() for tensor in inputs]
+    expected = outputs_and_gradients(reference.long_convolution, in_double)
+    actual = outputs_and_gradients(partial(fft_convolution, exact=True), inputs)
+    plain = outputs_and_gradients(fft_convolution, inputs)
+    errors, of_plain = (
+        [((a - e).norm() / e.norm()).item() for a, e in zip(found, expected, strict=True)] for found in (actual, plain)
+    )
+    assert errors[0] < 6e-8
+    assert length == 1 or of_plain[0] > 1.2e-7
+    assert max(errors) < 1e-6
+
+
+def test_the_forward_pass_is_exact_where_all_else_is_and_gradients_are_wanted(monkeypatch):
+    x, *filters = make_inputs(300, dtype=torch.float32)
+    exact = fft_convolution(x, *filters, exact=True)
+    plain = fft_convolution(x, *filters)
+    assert not torch.equal(exact, plain)
+    assert torch.equal(long_convolution(x, *filters), exact)
+    with torch.no_grad():
+        assert torch.equal(long_convolution(x, *filters), plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(long_convolution(x, *filters), plain)
+    monkeypatch.setattr(support, "tf32_allowed", lambda device_type: True)
+    assert torch.equal(long_convolution(x, *filters), plain)
+
+
+def test_transforms_have_the_smallest_even_size_of_small_factors():
+    sizes = [n for n in range(2, 1101, 2) if 2**9 * 3**7 * 5**5 % n == 0 or n == 1024]
+    for size in range(1, 1100):
+        expected = next((n for n in sizes if n >= size), None)
+        assert expected is None or _next_smooth_size(size) == expected
+    assert _next_smooth_size(2 * 9001) == 18432
 
 
 def test_reversed_taps_start_at_lag_one():
