@@ -1,8 +1,36 @@
 """The kernels' tests: on a GPU where there is one (`make test-gpu`), else in Triton's interpreter on CPU tensors."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def interpreted_without_waste(monkeypatch):
+    """Spare the interpreter what changes nothing and takes half its time.
+
+    At every call it looks through `triton.language` for functions to replace. Triton 3.3 leaves them replaced, so that
+    a second look finds none; later versions put them back, by the scope that `_patch_lang` returns. And it computes
+    whether integers overflow, for an assertion that it then leaves out, since its options do not say `debug`.
+    """
+    from triton.runtime import interpreter
+
+    patch, done = interpreter._patch_lang, set()
+
+    def patch_once(fn):
+        if fn in done:
+            return None
+        scope = patch(fn)
+        if scope is None:
+            done.add(fn)
+        return scope
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
 
 
 @pytest.fixture(autouse=True)
