@@ -16,8 +16,10 @@ import pytest
 import yaml
 
 from bert.errors import DataError, RecipeError
+from bert.recipe.schema import TrainConfig, load_config
+from bert.study import runner
 from bert.study.__main__ import main
-from bert.study.records import curves, read_metrics
+from bert.study.records import curves, read_metrics, recipe_hash
 from bert.study.runner import Study
 from bert.study.schema import load_study, runs_of
 
@@ -109,9 +111,35 @@ class Place:
         return json.loads((self.folder / "results/s" / f"{name}.json").read_text())
 
 
+# What the tests here have read, by the recipe's text and its changes: the same few recipes, tens of times.
+READ: dict[tuple[str, ...], TrainConfig] = {}
+HASHES: dict[int, tuple[TrainConfig, str]] = {}  # with the recipe, so that no other is at its address
+
+
+def read_once(path: str, overrides: list[str]) -> TrainConfig:
+    key = (str(path), Path(path).read_text(), *overrides)
+    if key not in READ:
+        READ[key] = load_config(path, overrides)
+    return READ[key]
+
+
+def hashed_once(config: TrainConfig) -> str:
+    if id(config) not in HASHES:
+        HASHES[id(config)] = (config, recipe_hash(config))
+    return HASHES[id(config)][1]
+
+
+@pytest.fixture(autouse=True)
+def hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "recipe_hash", hashed_once)
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """The runs here take no time, and the recipes, which have no base, are alike."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(runner, "load_config", read_once)
     return Place(tmp_path)
 
 
