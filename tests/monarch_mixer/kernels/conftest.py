@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+PATCHED = set()  # the functions for which Triton's interpreter has replaced what `triton.language` holds
+
 
 @pytest.fixture(autouse=True)
 def interpreted_without_waste(monkeypatch):
@@ -17,14 +19,14 @@ def interpreted_without_waste(monkeypatch):
     """
     from triton.runtime import interpreter
 
-    patch, done = interpreter._patch_lang, set()
+    patch = interpreter._patch_lang
 
     def patch_once(fn):
-        if fn in done:
+        if fn in PATCHED:
             return None
         scope = patch(fn)
         if scope is None:
-            done.add(fn)
+            PATCHED.add(fn)
         return scope
 
     monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
