@@ -35,7 +35,7 @@ report: install  ## docs/results.md from the studies' files in results/ (python 
 	$(BIN)/python -m bert.report
 
 test: install  ## the whole test suite, on the CPU, with all its cores
-	$(BIN)/python -m pytest -n logical --maxprocesses 8
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-gpu: install  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -n 4
