@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from composer.core import State
-from composer.trainer import Trainer
 
 from bert.composer_models import MaskedLanguageModel
 from bert.recipe import train as train_module
 from bert.recipe.callbacks import NaNGuard, SkipBatches
 from bert.recipe.train import main
+from bert.recipe.trainer import Trainer
 from tests.faults.conftest import assert_same, final_state, losses
 
 Recipe = Callable[..., Path]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 import yaml
 from streaming import MDSWriter
+from streaming.base.shared import memory
 
 from bert.data.metadata import DatasetMetadata
 
@@ -22,7 +26,13 @@ SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 
 @pytest.fixture(autouse=True)
 def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep relative runs/ folders, logging levels and random state of a test to itself."""
+    """Keep relative runs/ folders, logging levels, random state and shared memory of a test to itself.
+
+    Streaming gives its shared memory back when the process ends, and opens, for each new dataset, a segment of each
+    that there is: after a hundred runs or so a process has as many files open as it may.
+    """
+    closing: list[Callable[[], None]] = []
+    monkeypatch.setattr(memory, "atexit", SimpleNamespace(register=closing.append))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -30,6 +40,12 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     logging.getLogger("bert").setLevel(level)
     torch.set_num_threads(threads)
+    gc.collect()  # a segment that an array still lies in cannot be closed
+    for close in closing:
+        try:
+            close()
+        except BufferError:
+            atexit.register(close)
 
 
 def write_split(

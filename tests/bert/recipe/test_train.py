@@ -149,6 +149,7 @@ def test_the_weights_are_updated_before_the_host_reads_the_loss(
     assert closures == [None] * 6
     monkeypatch.setattr(train_module, "Trainer", composer.Trainer)
     assert main([*arguments, "run_name=composers"]) == 0
+    assert len(closures) == 12
     assert None not in closures[6:]
     ours, theirs = (losses(tmp_path / "runs" / name) for name in ("ours", "composers"))
     assert len(ours) == 6
