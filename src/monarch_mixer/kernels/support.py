@@ -97,14 +97,6 @@ def tf32_allowed(device_type: str) -> bool:
     return device_type == "cuda" and torch.backends.cuda.matmul.allow_tf32
 
 
-def exact_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Say whether all that is computed in `dtype` on `device` is exact to fp32, and fp64 may serve what is not.
-
-    So not in half precision, not where fp32 products may be tf32, and not where there is no fp64 (MPS).
-    """
-    return dtype == torch.float32 and device.type in ("cpu", "cuda") and not tf32_allowed(device.type)
-
-
 def stored_share(dtype: torch.dtype) -> float:
     """Return the power of two times which the gated MLP's intermediate and output are stored, fp16's range being small.
 

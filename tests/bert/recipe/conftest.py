@@ -29,7 +29,7 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep relative runs/ folders, logging levels, random state and shared memory of a test to itself.
 
     Streaming gives its shared memory back when the process ends, and opens, for each new dataset, a segment of each
-    that there is: after a hundred runs or so a process has as many files open as it may.
+    that there is: a worker of the whole suite was seen to have as many files open as it may.
     """
     closing: list[Callable[[], None]] = []
     monkeypatch.setattr(memory, "atexit", SimpleNamespace(register=closing.append))
