@@ -19,7 +19,7 @@ from bert.configuration import M2BertConfig
 from bert.masked_lm import MaskedLMRowsOutput, masked_lm_output
 from monarch_mixer import BlockDiagonalLinear, DimensionMixer, ImplicitFilter, MonarchSequenceMixer
 from monarch_mixer.filters import evaluation_dtype, two_sided_taps
-from monarch_mixer.kernels.support import NO_CENTERED_SHORT_CONVOLUTION, compute_dtype, kernels_apply
+from monarch_mixer.kernels.support import compute_dtype, kernels_apply
 from monarch_mixer.normalization import layer_norm
 
 # The prediction head's LayerNorm keeps this whatever the configuration says, as in the published models.
@@ -158,9 +158,7 @@ class Encoder(nn.Module):
         if (
             not mixers
             or not torch.is_grad_enabled()
-            or not kernels_apply(
-                hidden, compute_dtype(hidden), NO_CENTERED_SHORT_CONVOLUTION if mixers[0].ahead else None
-            )
+            or not kernels_apply(hidden, compute_dtype(hidden), mixers[0].kernels_lack(hidden))
         ):
             return None
         first = mixers[0]

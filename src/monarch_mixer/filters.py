@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monarch_mixer.kernels.support import tf32_allowed
+from monarch_mixer.kernels.support import exact_in_fp32
 
 # The decay rates span these: the fastest channel falls to TARGET at 0.3 of the maximum length, the slowest at 1.5.
 DECAY_TARGET = 1e-2
@@ -51,10 +51,9 @@ def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
     Each sine multiplies what came before it, rounding too, by its frequency: in fp32 taps differ by some 1e-6 of their
     size, and gradients by 1e-5, with the order of sums, so with the length of a batch. Where all else is exact to fp32
-    all but the last product is fp64; not where fp32 products may be tf32, or the device has no fp64 (MPS).
+    all but the last product is fp64.
     """
-    exact = dtype == torch.float32 and device.type in ("cpu", "cuda") and not tf32_allowed(device.type)
-    return torch.float64 if exact else torch.promote_types(dtype, torch.float32)
+    return torch.float64 if exact_in_fp32(dtype, device) else torch.promote_types(dtype, torch.float32)
 
 
 class ImplicitFilter(nn.Module):

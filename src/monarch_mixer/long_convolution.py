@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monarch_mixer.kernels.support import compute_dtype, kernels_apply
+from monarch_mixer.kernels.support import NO_EXACT_GRADIENTS, compute_dtype, exact_in_fp32, kernels_apply
 
 # On two AVX-512 cores the direct product took 2.0 ms and the FFT 3.0 at 8 x 128 x 768; at 4 x 256 x 768 both took 4.
 CPU_DIRECT_MAX_LENGTH = 256
+# Up to here gradients through the kernels' fp32 transforms are exact to fp32, see `kernels_round`.
+KERNELS_EXACT_MAX_LENGTH = 1024
 
 
 def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> Tensor:
@@ -41,10 +43,9 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
         ValueError: there are fewer taps than positions, or the channels differ.
     """
     _check(x, forward_taps, backward_taps, skip)
-    if kernels_apply(x, x.dtype):
+    if kernels_apply(x, x.dtype, kernels_round(x)):
         return _kernel_convolution(x, forward_taps, backward_taps, skip)
-    # On other devices what it costs was not measured.
-    exact = x.device.type == "cpu" and compute_dtype(x) == forward_taps.dtype == torch.float32
+    exact = exact_in_fp32(compute_dtype(x), x.device) and forward_taps.dtype == torch.float32
     with torch.autocast(x.device.type, enabled=False):
         inputs = x.to(forward_taps.dtype)
         if _direct_is_faster(inputs):
@@ -52,6 +53,15 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
         else:
             y = fft_convolution(inputs, forward_taps, backward_taps, skip, exact=exact)
     return y.to(x.dtype)
+
+
+def kernels_round(x: Tensor) -> str | None:
+    """Return why kernels would not do for the long convolutions of x (batch, length, channels), or None.
+
+    Their transforms are fp32: beyond a length the gradients that follow are not exact to fp32, where all else is.
+    """
+    wanted = torch.is_grad_enabled() and exact_in_fp32(compute_dtype(x), x.device)
+    return NO_EXACT_GRADIENTS if wanted and x.shape[1] > KERNELS_EXACT_MAX_LENGTH else None
 
 
 def _kernel_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> Tensor:
@@ -100,7 +110,7 @@ def fft_convolution(
     """Long convolution through real FFTs of twice the length or a little more; O(length log length).
 
     Shapes as `long_convolution`. `exact`, for fp32: with fp64 transforms in the forward pass where there will be a
-    backward pass, see `_ConvolutionExactForward`; not in a graph that is compiled.
+    backward pass, see `_ConvolutionExactForward`.
     """
     length = x.shape[1]
     size = _transform_size(length)
@@ -110,7 +120,7 @@ def fft_convolution(
     kernel = torch.cat([forward_taps[:length], gap, past.flip(0)])
     # Channels first: the transform then runs over contiguous memory.
     inputs, kernel = x.transpose(1, 2), kernel.t()
-    if exact and _gradients_wanted(x, kernel) and not torch.compiler.is_compiling():
+    if exact and _gradients_wanted(x, kernel):
         y = _ConvolutionExactForward.apply(inputs, kernel)
     else:
         spectrum = torch.fft.rfft(inputs, n=size) * torch.fft.rfft(kernel, n=size)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from monarch_mixer import cpu
 from monarch_mixer.filters import ImplicitFilter, evaluation_dtype, two_sided_taps
 from monarch_mixer.kernels.support import NO_CENTERED_SHORT_CONVOLUTION, compute_dtype, kernels_apply
-from monarch_mixer.long_convolution import long_convolution, short_convolution
+from monarch_mixer.long_convolution import kernels_round, long_convolution, short_convolution
 from monarch_mixer.normalization import layer_norm
 
 SHORT_CONVOLUTION_TAPS = 3
@@ -151,6 +151,10 @@ class MonarchSequenceMixer(nn.Module):
         """Return the gated convolution's filter and, where there is one, the residual one's."""
         return [self.filter] if self.residual_filter is None else [self.filter, self.residual_filter]
 
+    def kernels_lack(self, x: Tensor) -> str | None:
+        """Return why the GPU's kernels would not do for x (batch, length, channels), or None."""
+        return NO_CENTERED_SHORT_CONVOLUTION if self.ahead else kernels_round(x)
+
     def forward(
         self,
         x: Tensor,
@@ -172,7 +176,7 @@ class MonarchSequenceMixer(nn.Module):
         Raises:
             ValueError: the length is over the maximum length.
         """
-        if kernels_apply(x, compute_dtype(x), NO_CENTERED_SHORT_CONVOLUTION if self.ahead else None):
+        if kernels_apply(x, compute_dtype(x), self.kernels_lack(x)):
             return self._forward_kernels(x, compute_dtype(x), taps, cache_filters, lengths)
         length, filter_dtype = x.shape[1], evaluation_dtype(compute_dtype(x), x.device)
         if self.norm is not None:

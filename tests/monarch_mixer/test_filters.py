@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from monarch_mixer import ImplicitFilter, MonarchSequenceMixer, filters, reference, sequence_mixer
+from monarch_mixer import ImplicitFilter, MonarchSequenceMixer, reference, sequence_mixer
 from monarch_mixer.filters import evaluation_dtype
 from monarch_mixer.kernels import support
 from tests.monarch_mixer.kernels.support import relative_error
@@ -39,7 +39,7 @@ def test_sines_are_evaluated_in_fp64_where_all_else_is_exact(monkeypatch):
         ("cuda", True, False),
         ("mps", False, False),
     ):
-        monkeypatch.setattr(filters, "tf32_allowed", lambda device_type, tf32=tf32: tf32 and device_type == "cuda")
+        monkeypatch.setattr(support, "tf32_allowed", lambda device_type, tf32=tf32: tf32 and device_type == "cuda")
         expected = torch.float64 if exact else torch.float32
         assert evaluation_dtype(torch.float32, torch.device(device)) == expected
         assert evaluation_dtype(torch.bfloat16, torch.device(device)) == torch.float32

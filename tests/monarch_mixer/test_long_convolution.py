@@ -5,7 +5,14 @@ import torch
 from safetensors.torch import load_file
 
 from monarch_mixer import long_convolution, reference, short_convolution
-from monarch_mixer.long_convolution import _next_smooth_size, direct_convolution, fft_convolution
+from monarch_mixer.kernels.support import NO_EXACT_GRADIENTS
+from monarch_mixer.long_convolution import (
+    KERNELS_EXACT_MAX_LENGTH,
+    _next_smooth_size,
+    direct_convolution,
+    fft_convolution,
+    kernels_round,
+)
 from tests.conftest import FIXTURES
 
 LENGTHS = [1, 2, 3, 7, 16, 63, 64, 127, 129, 300, 509]
@@ -54,7 +61,29 @@ def test_an_exact_forward_pass_has_gradients_of_fp32(length, bidirectional):
     assert torch.equal(torch.autograd.grad(of_taps, forward, cotangent)[0], both[1])
 
 
-def test_the_forward_pass_is_exact_where_all_else_is_and_gradients_are_wanted(monkeypatch):
+def test_a_compiled_exact_forward_pass():
+    compiled = torch.compile(partial(fft_convolution, exact=True), backend="aot_eager", dynamic=True, fullgraph=True)
+    for length in (300, 511):
+        inputs = make_inputs(length, dtype=torch.float32)
+        expected = outputs_and_gradients(reference.long_convolution, [tensor.double() for tensor in inputs])
+        actual = outputs_and_gradients(compiled, inputs)
+        errors = [((a - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True)]
+        assert errors[0] < 1e-7
+        assert max(errors) < 2e-6
+
+
+def test_kernels_would_round_long_gradients_that_are_to_be_exact():
+    x = torch.zeros(1, KERNELS_EXACT_MAX_LENGTH + 1, 2)
+    assert kernels_round(x) == NO_EXACT_GRADIENTS
+    assert kernels_round(x[:, 1:]) is None
+    assert kernels_round(x.bfloat16()) is None
+    with torch.no_grad():
+        assert kernels_round(x) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kernels_round(x) is None
+
+
+def test_the_forward_pass_is_exact_where_all_else_is_and_gradients_are_wanted():
     x, *filters = make_inputs(300, dtype=torch.float32)
     exact = fft_convolution(x, *filters, exact=True)
     plain = fft_convolution(x, *filters)
@@ -66,8 +95,6 @@ def test_the_forward_pass_is_exact_where_all_else_is_and_gradients_are_wanted(mo
         assert torch.equal(long_convolution(x, *filters), plain)
     half = x.bfloat16()
     assert torch.equal(long_convolution(half, *filters), fft_convolution(half.float(), *filters).bfloat16())
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert torch.equal(long_convolution(x, *filters), plain)
 
 
 def test_transforms_have_the_smallest_even_size_of_small_factors():

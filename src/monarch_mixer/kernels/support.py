@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 # What `kernels_apply` is told, and the log says, of a sequence mixer that has none.
 NO_CENTERED_SHORT_CONVOLUTION = "the sequence mixer's know the causal short convolution alone, not a centered one"
+NO_EXACT_GRADIENTS = "gradients exact to fp32 at this length want fp64 transforms (fast ones: allow tf32, or use bf16)"
 
 _state = {"enabled": True}
 _logged: set[str] = set()
@@ -95,6 +96,14 @@ def tf32_allowed(device_type: str) -> bool:
     A compiled graph keeps the answer that it was traced with.
     """
     return device_type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+
+
+def exact_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Say whether what is computed in `dtype` is to be exact to fp32, with fp64 where sums or sines ask for it.
+
+    Not where fp32 products may be tf32, nor where the device has no fp64 (MPS).
+    """
+    return dtype == torch.float32 and device.type in ("cpu", "cuda") and not tf32_allowed(device.type)
 
 
 def stored_share(dtype: torch.dtype) -> float:
