@@ -273,9 +273,10 @@ class Study:
 
     def _serves(self, other: Progress, run: Run) -> bool:
         """Whether `other` is done, as far as `run` needs it."""
-        if run.config.checkpoint == other.run.job:
-            return self._has_folder(other) or other is not self._of_job(other.run.job)[0]
-        return self._finished(other) is not None
+        job = other.run.job
+        if job in (run.config.checkpoint, run.config.speed_of) and other is not self._of_job(job)[0]:
+            return True  # of several seeds the first one's weights and speed are taken
+        return self._has_folder(other) if job == run.config.checkpoint else self._finished(other) is not None
 
     def _starts_others(self, progress: Progress) -> bool:
         """Whether a run that is still to be made starts from this one's weights, which are not there."""
