@@ -146,7 +146,7 @@ def search_table(runs: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def glue_table(study: StudyResults) -> Rows:
-    """A header, a line a fine-tuning sweep, and under it the published figures of that recipe where there are any."""
+    """A header, a line a fine-tuning sweep, and under them the published figures of what they tuned, where known."""
     sweeps = list(study.of_kind("glue"))
     names = [*published.GLUE_COLUMNS["m2-base-960"]]
     rows = [["start", *names, "average of those run"]]
@@ -159,18 +159,26 @@ def glue_table(study: StudyResults) -> Rows:
         found, spread = columns(CONVENTION, means), columns(CONVENTION, stds)
         cells = [f"{100 * found[name]:.1f} ± {100 * spread[name]:.1f}" if name in found else "" for name in names]
         average = f"{100 * statistics.fmean(found.values()):.1f} ({len(found)} of {len(names)})" if found else ""
-        rows.append([sweep["study"]["start"] or sweep["study"]["run"], *cells, average])
-    for recipe in dict.fromkeys(sweep["study"]["recipe"] for sweep in sweeps):
-        known, (_, average_figure) = (
-            published.GLUE_COLUMNS.get(recipe, {}),
-            published.GLUE_AVERAGE.get(recipe, ("", None)),
-        )
-        if average_figure is not None:
-            cells = [
-                "" if (figure := known.get(name)) is None or figure.value is None else f"{figure.value:.1f}"
-                for name in names
-            ]
-            rows.append([f"published: {recipe}", *cells, f"{average_figure.value} (8 of 8)"])
+        start, run = sweep["study"]["start"], sweep["study"]["run"]
+        alone = sum(other["study"]["start"] == start for other in sweeps) == 1
+        rows.append([start if start and alone else run, *cells, average])
+    runs = study.by_job()
+    recipes: list[str] = []
+    for about in (sweep["study"] for sweep in sweeps):  # what a sweep was for, or the run that it started from
+        recipes += [about["recipe"], *(run["study"]["recipe"] for run in runs.get(about["start"], ()))]
+    for recipe in dict.fromkeys(published.SAME_MODEL.get(recipe, recipe) for recipe in recipes):
+        if recipe not in published.GLUE_AVERAGE:
+            continue
+        convention, average_figure = published.GLUE_AVERAGE[recipe]
+        known = published.GLUE_COLUMNS.get(recipe, {})
+        cells = [
+            "" if (figure := known.get(name)) is None or figure.value is None else f"{figure.value:.1f}"
+            for name in names
+        ]
+        notes = [f"convention: {convention}"] if convention != CONVENTION else []
+        notes += [] if average_figure.confirmed else ["second-hand"]
+        label = f"published: {recipe}" + (f" ({', '.join(notes)})" if notes else "")
+        rows.append([label, *cells, f"{average_figure.value} (8 of 8)"])
     return rows
 
 

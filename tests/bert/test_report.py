@@ -82,7 +82,7 @@ def results(tmp_path: Path) -> Path:
         "rate-1": pretrained(3.5, about("rate", "rate-1", point={"optimizer.lr": 0.001})),
         "rate-2": pretrained(3.25, about("rate", "rate-2", point={"optimizer.lr": 0.002})),
         "rate-3": pretrained(None, about("rate", "rate-3", "diverged", point={"optimizer.lr": 1})),
-        "base-1": pretrained(3.0, about("base", "base-1")),
+        "base-1": pretrained(3.0, about("base", "base-1", recipe="m2-base-plus")),
         "base-2": pretrained(3.2, about("base", "base-2")),
         "tasks": tuned("base"),
         "context": {
@@ -128,6 +128,7 @@ def test_the_page_says_what_the_files_say(results: Path, tmp_path: Path) -> None
     assert rows(page, "lr 1") == ["lr 1", "20", "diverged"]
     assert "| base |  |  |  |  | 90.0 ± 1.0 |  |  |  | 90.0 (1 of 8) |" in page
     assert rows(page, "published: m2-base-960")[-1] == "80.9 (8 of 8)"
+    assert rows(page, "published: m2-base")[-1] == "79.9 (8 of 8)"  # what base, of m2-base-plus, is in form
     assert (
         "| start | 128 tokens | 2,048 tokens |\n| --- | --- | --- |\n| base | 3.400 ± 0.010 | 3.100 ± 0.010 |" in page
     )
