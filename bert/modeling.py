@@ -216,6 +216,14 @@ class M2BertPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["M2BertLayer"]  # noqa: RUF012 - the base class has a list
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Compute layers again in the backward pass, as `torch.utils.checkpoint` does by these arguments.
+
+        Not the reentrant way unless they say so: its forward pass knows of no gradients, and would round otherwise than
+        one without checkpointing (`monarch_mixer.long_convolution`).
+        """
+        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Say whether Composer's FSDP shards a module by itself."""
         return isinstance(module, M2BertLayer)

@@ -31,7 +31,8 @@ PARAMETERS = {
     "hf-bert-base": Figure(110e6, TOGETHER_TABLE),
 }
 
-SAME_MODEL = {"m2-base-plus": "m2-base"}  # recipes of ours, and the one whose published model is of the same form
+# Recipes of ours, and those whose published models are of the same form, in one width or another.
+SAME_FORM = {"m2-base-plus": ("m2-base", "m2-base-960")}
 
 # Recipe -> GLUE average in hundredths, and the convention it is in (bert.glue.metrics.AVERAGES).
 GLUE_AVERAGE = {

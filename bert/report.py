@@ -122,7 +122,7 @@ def pretraining_table(study: StudyResults) -> Rows:
                 _spread(speeds, ",.0f"),
                 _spread([run["mfu"] for run in runs], ".1f", 100),
                 _spread([run["minutes"] for run in runs], ".1f"),
-                f"{hours:.0f} h" if hours is not None and on_gpu and first["max_seq_len"] == 128 else "",
+                f"{hours:.1f} h" if hours is not None and on_gpu and first["max_seq_len"] == 128 else "",
             ]
         )
     return rows
@@ -145,6 +145,16 @@ def search_table(runs: Sequence[Mapping[str, Any]]) -> Rows:
     return rows
 
 
+def _published_form(run: Mapping[str, Any]) -> str:
+    """The recipe of a pretraining run or, if that is one of ours, the published one of its form and nearest in size."""
+
+    def distance(recipe: str) -> float:
+        return abs((published.PARAMETERS[recipe].value or 0.0) - run["parameters"])
+
+    recipe: str = run["study"]["recipe"]
+    return min(published.SAME_FORM[recipe], key=distance) if recipe in published.SAME_FORM else recipe
+
+
 def glue_table(study: StudyResults) -> Rows:
     """A header, a line a fine-tuning sweep, and under them the published figures of what they tuned, where known."""
     sweeps = list(study.of_kind("glue"))
@@ -165,8 +175,8 @@ def glue_table(study: StudyResults) -> Rows:
     runs = study.by_job()
     recipes: list[str] = []
     for about in (sweep["study"] for sweep in sweeps):  # what a sweep was for, or the run that it started from
-        recipes += [about["recipe"], *(run["study"]["recipe"] for run in runs.get(about["start"], ()))]
-    for recipe in dict.fromkeys(published.SAME_MODEL.get(recipe, recipe) for recipe in recipes):
+        recipes += [about["recipe"], *(_published_form(run) for run in runs.get(about["start"], ()))]
+    for recipe in dict.fromkeys(recipes):
         if recipe not in published.GLUE_AVERAGE:
             continue
         convention, average_figure = published.GLUE_AVERAGE[recipe]
@@ -176,7 +186,7 @@ def glue_table(study: StudyResults) -> Rows:
             for name in names
         ]
         notes = [f"convention: {convention}"] if convention != CONVENTION else []
-        notes += [] if average_figure.confirmed else ["second-hand"]
+        notes += [] if all(figure.confirmed for figure in (average_figure, *known.values())) else ["second-hand"]
         label = f"published: {recipe}" + (f" ({', '.join(notes)})" if notes else "")
         rows.append([label, *cells, f"{average_figure.value} (8 of 8)"])
     return rows

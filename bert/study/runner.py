@@ -274,8 +274,9 @@ class Study:
     def _serves(self, other: Progress, run: Run) -> bool:
         """Whether `other` is done, as far as `run` needs it."""
         job = other.run.job
-        if job in (run.config.checkpoint, run.config.speed_of) and other is not self._of_job(job)[0]:
-            return True  # of several seeds the first one's weights and speed are taken
+        of_first = job in (run.config.checkpoint, run.config.speed_of)  # whose weights or speed are taken
+        if of_first and job not in (run.config.best_of, *run.config.needs) and other is not self._of_job(job)[0]:
+            return True
         return self._has_folder(other) if job == run.config.checkpoint else self._finished(other) is not None
 
     def _starts_others(self, progress: Progress) -> bool:

@@ -43,7 +43,7 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
         ValueError: there are fewer taps than positions, or the channels differ.
     """
     _check(x, forward_taps, backward_taps, skip)
-    if kernels_apply(x, x.dtype, kernels_round(x)):
+    if kernels_apply(x, x.dtype, kernels_round(x, forward_taps, skip)):
         return _kernel_convolution(x, forward_taps, backward_taps, skip)
     exact = exact_in_fp32(compute_dtype(x), x.device) and forward_taps.dtype == torch.float32
     with torch.autocast(x.device.type, enabled=False):
@@ -55,15 +55,17 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
     return y.to(x.dtype)
 
 
-def kernels_round(x: Tensor) -> str | None:
+def kernels_round(x: Tensor, *others: Tensor) -> str | None:
     """Return why kernels would not do for the long convolutions of x (batch, length, channels), or None.
 
+    `others` are what gradients may be wanted of besides.
     Their transforms are fp32: beyond a length the gradients that follow are not exact to fp32, where all else is. In
     M2-BERT-base on an H200 a padded batch's were off by up to 1.2e-5 at 2,048 tokens and 1.4e-5 at 8,192. Below, at
     1,024, they differ less with the padding (7.7e-6), but beside others of fp64 transforms they are off as much.
     """
-    wanted = torch.is_grad_enabled() and exact_in_fp32(compute_dtype(x), x.device)
-    return NO_EXACT_GRADIENTS if wanted and x.shape[1] > KERNELS_EXACT_MAX_LENGTH else None
+    long = x.shape[1] > KERNELS_EXACT_MAX_LENGTH
+    exact = long and exact_in_fp32(compute_dtype(x), x.device) and _gradients_wanted(x, *others)
+    return NO_EXACT_GRADIENTS if exact else None
 
 
 def _kernel_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> Tensor:

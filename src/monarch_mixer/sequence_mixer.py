@@ -153,7 +153,7 @@ class MonarchSequenceMixer(nn.Module):
 
     def kernels_lack(self, x: Tensor) -> str | None:
         """Return why the GPU's kernels would not do for x (batch, length, channels), or None."""
-        return NO_CENTERED_SHORT_CONVOLUTION if self.ahead else kernels_round(x)
+        return NO_CENTERED_SHORT_CONVOLUTION if self.ahead else kernels_round(x, *self.parameters())
 
     def forward(
         self,

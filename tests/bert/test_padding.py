@@ -124,9 +124,9 @@ def test_in_bf16_up_to_its_own_rounding(name, device):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("length", [128, 130, 509, 1021, 4097, 9001])
-def test_long_batches_in_the_kernels(length, dtype):
-    """Both families of kernels, and sequences of several blocks."""
+@pytest.mark.parametrize("length", [60, 100, 128, 130, 509, 1021, 4097, 9001])
+def test_long_batches_on_a_gpu(length, dtype):
+    """Both families of kernels, sequences of several blocks, and in fp32 gradients with and without kernels."""
     fields = {"max_position_embeddings": length, "long_conv_l_max": length, "hidden_size": 48}
     lengths = (length - 3, length // 2, 1, length // 3 + 1)
     draws = []
@@ -185,3 +185,14 @@ def test_gradient_checkpointing_passes_the_lengths_on():
     expected = run(model, rows, weights, 20)
     model.gradient_checkpointing_enable()
     assert_same(run(model, rows, weights, 20), expected, 1e-6)
+
+
+def test_with_gradient_checkpointing_the_forward_pass_is_as_exact():
+    length = 300  # an FFT
+    model = make("m2", max_position_embeddings=length, long_conv_l_max=length)
+    rows, weights = make_rows((length, 270), SMALL["hidden_size"])
+    expected = run(model, rows, weights, length)[0]
+    model.gradient_checkpointing_enable()
+    assert torch.equal(run(model, rows, weights, length)[0], expected)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert not torch.equal(run(model, rows, weights, length)[0], expected)

@@ -123,11 +123,11 @@ def test_the_page_says_what_the_files_say(results: Path, tmp_path: Path) -> None
     assert rows(page, "base")[:9] == [
         *("base", "80,267,328", "0.0008", "2", "20", "2.0 M", "3.100 ± 0.141", "40.0 ± 0.0", "500,000 ± 0")
     ]
-    assert rows(page, "base")[9:] == ["25.0 ± 0.0", "1.5 ± 0.0", "3 h"]
+    assert rows(page, "base")[9:] == ["25.0 ± 0.0", "1.5 ± 0.0", "2.5 h"]
     assert rows(page, "lr 0.002") == ["lr 0.002", "20", "3.250 (best)"]
     assert rows(page, "lr 1") == ["lr 1", "20", "diverged"]
     assert "| base |  |  |  |  | 90.0 ± 1.0 |  |  |  | 90.0 (1 of 8) |" in page
-    assert rows(page, "published: m2-base-960")[-1] == "80.9 (8 of 8)"
+    assert rows(page, "published: m2-base-960 (second-hand)")[-1] == "80.9 (8 of 8)"
     assert rows(page, "published: m2-base")[-1] == "79.9 (8 of 8)"  # what base, of m2-base-plus, is in form
     assert (
         "| start | 128 tokens | 2,048 tokens |\n| --- | --- | --- |\n| base | 3.400 ± 0.010 | 3.100 ± 0.010 |" in page

@@ -74,6 +74,9 @@ def test_a_compiled_exact_forward_pass():
 
 def test_kernels_would_round_long_gradients_that_are_to_be_exact():
     x = torch.zeros(1, KERNELS_EXACT_MAX_LENGTH + 1, 2)
+    assert kernels_round(x) is None
+    assert kernels_round(x, torch.zeros(2, requires_grad=True)) == NO_EXACT_GRADIENTS
+    x.requires_grad_()
     assert kernels_round(x) == NO_EXACT_GRADIENTS
     assert kernels_round(x[:, 1:]) is None
     assert kernels_round(x.bfloat16()) is None

@@ -192,6 +192,13 @@ def test_a_changed_recipe_is_run_again_with_what_follows(place: Place) -> None:
     assert place.result("base-seed-1")["steps"] == 12
 
 
+def test_the_speed_of_a_search_and_its_best_take_all_of_it(place: Place) -> None:
+    timed = {"pretrain": "recipe.yaml", "best_of": "search", "minutes": 0.25, "speed_of": "search"}
+    path = str(place.write({"search": JOBS["search"], "timed": timed}))
+    assert main([path, "--only", "timed"]) == 0
+    assert place.calls() == ["search-lr-0.1", "search-lr-0.01", "search-lr-10", "timed"]
+
+
 def test_only_what_is_asked_for_and_what_it_needs(place: Place) -> None:
     path = str(place.write(JOBS))
     assert main([path, "--only", "timed"]) == 0
