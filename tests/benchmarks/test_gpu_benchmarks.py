@@ -287,3 +287,29 @@ def test_kernel_accuracy(run: Run) -> None:
         half = row["precision"] in ("bf16", "fp16")
         assert 0 < row["gradient"] < (2e-2 if half else 1e-5)
         assert row["gradient"] == max(row["gradients"].values()) == row["gradients"][row["worst_gradient"]]
+
+
+def test_padding_exactness(run: Run) -> None:
+    rows = run("padding_exactness", "--models", "m2-base,hf-bert-base")["rows"]
+    assert [(row["model"], row["length"]) for row in rows] == [
+        (model, length) for length in (16, 80) for model in ("m2-base", "hf-bert-base")
+    ]
+    for row in rows:
+        assert 0 < row["all"] < 1e-5 and 0 < row["gradient"] < 1e-5
+        assert 0 <= row["output"] < 1e-5
+        assert "." in row["of"]
+
+
+def test_padding_exactness_sees_padding_that_is_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = importlib.import_module("gpu_common")
+    build = common.build_encoder
+
+    def as_published(*arguments: object, **options: object) -> object:
+        encoder = build(*arguments, **options)
+        encoder.model.config.mask_padding = False
+        return encoder
+
+    monkeypatch.setattr(common, "build_encoder", as_published)
+    (row,) = run("padding_exactness", "--models", "m2-base", "--lengths", "16", "--checkpointing")["rows"]
+    assert row["output"] > 1e-2
+    assert row["all"] > 1e-2
