@@ -7,10 +7,18 @@ The output's error is the largest difference of a hidden state by the largest of
 of the difference by its norm, or by a hundredth of all gradients' where its own is less: there it cancels to nothing.
 A row has the worst parameter's, with its name, and that of all together. `--checkpointing` saves memory on a small
 machine.
+
+What exactness costs on a GPU: `--kernels-up-to 64,1000000` has rows for kernels up to each of these lengths (the
+library's own is KERNELS_EXACT_MAX_LENGTH; beyond it PyTorch transforms, in fp64), and `--tokens 32768` times a forward
+and backward pass of so many, not compiled, with padding left out and without a mask, all in turns.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import gpu_common as common
@@ -20,7 +28,9 @@ from torch import Tensor
 
 LENGTHS = [128, 512, 2048, 8192]
 MODELS = ["m2-base", "bert-base", "hf-bert-base"]
-LINE = "{model:<14} {length:>6} {output:>8.1e} {gradient:>8.1e} {all:>8.1e}  {of}"
+LINE = "{model:<14} {length:>6} {limit:>9} {output:>8.1e} {gradient:>8.1e} {all:>8.1e} {ms:>8} {ms_unmasked:>8}  {of}"
+CONVOLUTION = importlib.import_module("monarch_mixer.long_convolution")
+SECONDS = 2.0  # of timing, a way
 
 
 class Pass(NamedTuple):
@@ -35,32 +45,68 @@ def main() -> None:
     parser.add_argument("--lengths", type=common.integers, help="by commas (default: 128,512,2048,8192)")
     parser.add_argument("--models", type=common.names, default=MODELS, help="by commas (default: all three)")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    parser.add_argument(
+        "--kernels-up-to", type=common.integers, metavar="LENGTHS", help="by commas (default: as it is)"
+    )
+    parser.add_argument("--tokens", type=int, help="time a pass of so many")
     args = parser.parse_args()
     device = common.use_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = False
+    limits = args.kernels_up_to or [CONVOLUTION.KERNELS_EXACT_MAX_LENGTH]
     rows: list[dict[str, Any]] = []
-    print(f"{device_name()}\n{'model':<14} {'length':>6} {'output':>8} {'gradient':>8} {'all':>8}  of")
+    print(device_name())
+    names = {key: key.replace("_", " ") for key in ("model", "length", "output", "gradient", "all", "ms", "of")}
+    print(LINE.replace(".1e", "").format(**names, limit="kernels", ms_unmasked="unmasked"), flush=True)
     for length in args.lengths or ([16, 80] if args.small else LENGTHS):
         for name in args.models:
-            rows.append(measure(name, length, device, small=args.small, checkpointing=args.checkpointing))
-            print(LINE.format(**rows[-1]), flush=True)
+            model = build(name, length, device, small=args.small, checkpointing=args.checkpointing)
+            made = []
+            for limit in limits if name.startswith("m2") else limits[:1]:
+                with kernels_up_to(limit):
+                    made.append({"model": name, "length": length, "kernels_up_to": limit, **measure(model, length)})
+            if args.tokens:
+                time_passes(model, made, args.tokens)
+            for row in made:
+                times = {key: f"{row[key]:.2f}" if key in row else "" for key in ("ms", "ms_unmasked")}
+                print(LINE.format(**{**row, **times, "limit": row["kernels_up_to"]}), flush=True)
+            rows += made
+            del model
             common.free_memory()
         if args.output:
-            write_figures(args.output, {"checkpointing": args.checkpointing, "rows": rows})
+            write_figures(args.output, {"checkpointing": args.checkpointing, "tokens": args.tokens, "rows": rows})
     if args.plot:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
-            lines.setdefault(row["model"], []).append((row["length"], row["gradient"]))
+            name = row["model"] + (f", kernels up to {row['kernels_up_to']}" if len(limits) > 1 else "")
+            lines.setdefault(name, []).append((row["length"], row["gradient"]))
         title = f"worst gradient of a padded batch, fp32, {device_name()}"
         common.draw_lines(args.plot, lines, title=title, x_label="tokens a sequence", y_label="relative error")
 
 
-def measure(name: str, length: int, device: torch.device, *, small: bool, checkpointing: bool) -> dict[str, Any]:
-    """Return a model's row at a length."""
+@contextlib.contextmanager
+def kernels_up_to(limit: int) -> Iterator[None]:
+    """Leave sequences of up to `limit` tokens to the kernels in exact fp32."""
+    before = CONVOLUTION.KERNELS_EXACT_MAX_LENGTH
+    CONVOLUTION.KERNELS_EXACT_MAX_LENGTH = limit
+    try:
+        yield
+    finally:
+        CONVOLUTION.KERNELS_EXACT_MAX_LENGTH = before
+
+
+def build(name: str, length: int, device: torch.device, *, small: bool, checkpointing: bool) -> Any:
+    """Return a model of a peer for sequences of `length` tokens, to be trained without dropout."""
     torch.manual_seed(length)
     model = common.build_encoder(name, length, small=small, dropout=0.0).model.to(device).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def measure(model: Any, length: int) -> dict[str, Any]:
+    """Return how far a padded batch of `length` tokens is from its texts alone."""
+    torch.manual_seed(length)
+    device = model.device
     sizes = [max(1, size) for size in (length - 3, length // 2, length // 3 + 1)]
     texts = [torch.randint(1, model.config.vocab_size, (size,), device=device) for size in sizes]
     weights = [torch.randn(size, model.config.hidden_size, device=device) for size in sizes]
@@ -73,14 +119,34 @@ def measure(name: str, length: int, device: torch.device, *, small: bool, checkp
     errors = {key: float(d / torch.maximum(alone[key].norm(), 0.01 * total)) for key, d in differences.items()}
     worst = max(errors, key=lambda key: errors[key])
     return {
-        "model": name,
-        "length": length,
         "texts": sizes,
         "output": float((padded.hidden - hidden).abs().max() / hidden.abs().max()),
         "gradient": errors[worst],
         "all": float(torch.stack([*differences.values()]).norm() / total),
         "of": worst,
     }
+
+
+def time_passes(model: Any, rows: list[dict[str, Any]], tokens: int) -> None:
+    """Put into each row of a model and a length what a forward and backward pass takes, with a mask and without."""
+    ids = common.random_ids(model.device, tokens, rows[0]["length"], model.config.vocab_size)
+    mask = common.random_mask(ids)
+
+    def step(limit: int, attention_mask: Tensor | None) -> None:
+        model.zero_grad()
+        with kernels_up_to(limit):
+            model(input_ids=ids, attention_mask=attention_mask)[0].square().sum().backward()
+
+    ways = {
+        (row["kernels_up_to"], key): functools.partial(step, row["kernels_up_to"], given)
+        for row in rows
+        for key, given in (("ms", mask), ("ms_unmasked", None))
+    }
+    times = common.alternate(ways, SECONDS, model.device)
+    for row in rows:
+        for key in ("ms", "ms_unmasked"):
+            time = times[row["kernels_up_to"], key]
+            row[key if isinstance(time, dict) else f"{key}_error"] = time["ms"] if isinstance(time, dict) else time
 
 
 def run(model: Any, texts: list[Tensor], weights: list[Tensor], width: int) -> Pass:

@@ -73,7 +73,7 @@ class Study:
 
     Args:
         config: the study.
-        only: jobs to run, with what they need; None: all.
+        only: jobs to run, the first one first, with what they need; None: all, in the YAML's order.
         slots: runs at a time; None: one on each GPU, or one on the CPU.
         commit: of the code, for the record; None: what git says.
 
@@ -103,6 +103,8 @@ class Study:
         self._recipes: dict[tuple[str, ...], TrainConfig] = {}
         self._check_recipes()
         self._choose(set(only) if only else set(config.jobs))
+        places = {name: place for place, name in reversed([*enumerate(only or [])])}
+        self._in_order = sorted(self.runs.values(), key=lambda progress: places.get(progress.run.job, -1))
 
     # --- what a run is
 
@@ -335,7 +337,7 @@ class Study:
 
     def _start_runs(self) -> None:
         free = [slot for slot in range(self.slots) if slot not in {p.slot for p in self._running()}]
-        for progress in self.runs.values():
+        for progress in self._in_order:
             if not (free and progress.wanted and progress.state == WAITING and self._ready(progress)):
                 continue
             try:

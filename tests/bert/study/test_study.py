@@ -203,6 +203,8 @@ def test_only_what_is_asked_for_and_what_it_needs(place: Place) -> None:
     path = str(place.write(JOBS))
     assert main([path, "--only", "timed"]) == 0
     assert place.calls() == ["search-lr-0.1", "search-lr-0.01", "search-lr-10", "base-seed-1", "timed"]
+    assert main([path, "--only", "look", "tasks"]) == 0
+    assert place.calls() == ["command", "tasks"]  # as they were named, not as the YAML has them
     assert main([path, "--only", "tims"]) == 2
     assert main([path, "--slots", "1", "--list", "title=changes may follow the options"]) == 0
 
