@@ -5,7 +5,7 @@
 The error is relative: the norm of the difference to the plain PyTorch modules in fp64, by the norm of theirs. A row has
 that of the output, and the largest of a gradient's with its name. "tf32" is fp32 with PyTorch's
 `torch.backends.cuda.matmul.allow_tf32`, which the kernels follow. In fp32 the sequence mixer is left to PyTorch beyond
-64 tokens (docs/padding.md), and so are its rows.
+512 tokens (docs/padding.md), and so are its rows.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from monarch_mixer.kernels.support import NO_EXACT_GRADIENTS, compute_dtype, exa
 
 # On two AVX-512 cores the direct product took 2.0 ms and the FFT 3.0 at 8 x 128 x 768; at 4 x 256 x 768 both took 4.
 CPU_DIRECT_MAX_LENGTH = 256
-# Up to here the kernels sum in fp32 directly, as `kernels.toeplitz` does; beyond they transform, see `kernels_round`.
-KERNELS_EXACT_MAX_LENGTH = 64
+KERNELS_EXACT_MAX_LENGTH = 512  # see `kernels_round`
 
 
 def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> Tensor:
@@ -58,9 +57,10 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
 def kernels_round(x: Tensor, *others: Tensor) -> str | None:
     """Return why kernels would not do for the long convolutions of x (batch, length, channels), or None.
 
-    The kernels' transforms are fp32: beyond a length the gradients that follow are not exact to fp32, where all else
-    is. In M2-BERT-base on an H200 a padded batch's were off by up to 1.2e-5 at 2,048 tokens and 1.4e-5 at 8,192. With
-    texts of up to 1,024 tokens in kernels, and of 2,048 in fp64 transforms, they were off by 1.7e-5.
+    The kernels' transforms are fp32, and the more tokens the larger their rounding: beyond a length the gradients that
+    follow are not exact to fp32 (1e-5), where all else is. In M2-BERT-base on an H200 a padded batch's were off by up
+    to 1.2e-5 at 2,048 tokens and 1.4e-5 at 8,192. Beside longer texts, which fp64 transforms, those in kernels were off
+    by 4.0e-6 for kernels up to 256 tokens, 6.2e-6 up to 512 and 1.7e-5 up to 1,024 (docs/padding.md).
 
     Args:
         x: the input.

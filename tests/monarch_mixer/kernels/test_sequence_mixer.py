@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from monarch_mixer import reference
-from monarch_mixer.long_convolution import KERNELS_EXACT_MAX_LENGTH, fft_convolution
+from monarch_mixer.long_convolution import fft_convolution
 from tests.monarch_mixer.kernels.support import DTYPES, TOLERANCES, relative_error
 
 
@@ -182,9 +182,3 @@ def test_model_widths_at_random_lengths(channels, dtype):
         lengths = torch.randint(1, length + 1, (batch,), dtype=torch.int32, device="cuda")
         inputs = make_inputs(channels, batch, length, dtype, "cuda")
         check(inputs, dtype, convolution=fft_convolution, lengths=lengths)
-
-
-def test_gradients_that_are_to_be_exact_are_left_to_direct_sums():
-    from monarch_mixer.kernels import toeplitz
-
-    assert toeplitz.MAX_LENGTH[torch.float32] == KERNELS_EXACT_MAX_LENGTH
