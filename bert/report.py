@@ -171,7 +171,9 @@ def glue_table(study: StudyResults) -> Rows:
         average = f"{100 * statistics.fmean(found.values()):.1f} ({len(found)} of {len(names)})" if found else ""
         start, run = sweep["study"]["start"], sweep["study"]["run"]
         alone = sum(other["study"]["start"] == start for other in sweeps) == 1
-        rows.append([start if start and alone else run, *cells, average])
+        seed = sweep["study"].get("start_seed")
+        label = (start if start and alone else run) + ("" if seed is None else f" (start's seed {seed})")
+        rows.append([label, *cells, average])
     runs = study.by_job()
     recipes: list[str] = []
     for about in (sweep["study"] for sweep in sweeps):  # what a sweep was for, or the run that it started from

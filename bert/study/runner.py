@@ -122,15 +122,21 @@ class Study:
     def _of_job(self, job: str) -> list[Progress]:
         return [progress for progress in self.runs.values() if progress.run.job == job]
 
+    def _start(self, run: Run) -> Progress | None:
+        """The run whose weights a run starts from; None where it starts from none."""
+        job = run.config
+        if job.checkpoint is None:
+            return None
+        return next(p for p in self._of_job(job.checkpoint) if job.checkpoint_seed in (None, p.run.seed))
+
     def _pretraining(self, run: Run, best: dict[str, Any], steps: int | None) -> tuple[TrainConfig, list[str]]:
         """The recipe of a pretraining run, and the changes that make it, in a folder of its own.
 
         Its name follows from the whole recipe: one that was changed begins anew, and is never taken for the old one.
         """
         values = {**self.config.set, **run.config.set, **best, **run.point}
-        if run.config.checkpoint is not None:
-            start = self._of_job(run.config.checkpoint)[0].plan
-            folder = Path("unknown") if start is None else start.folder
+        if (start := self._start(run)) is not None:
+            folder = Path("unknown") if start.plan is None else start.plan.folder
             values |= {"load_path": str(folder / LATEST), "load_weights_only": True}
         values |= {"run_name": self._name(run), "autoresume": True, "save_overwrite": False}
         if run.seed is not None:
@@ -172,8 +178,9 @@ class Study:
             RecipeError: no run of the job that it takes its values from has come to a result.
         """
         job = run.config
-        start = None if job.checkpoint is None else self._planned(self._of_job(job.checkpoint)[0])
-        if job.checkpoint is not None and start is None:
+        source = self._start(run)
+        start = None if source is None else self._planned(source)
+        if source is not None and start is None:
             return None
         if job.pretrain is not None:
             best, steps = self._best(run), self._steps(run)
@@ -275,17 +282,17 @@ class Study:
 
     def _serves(self, other: Progress, run: Run) -> bool:
         """Whether `other` is done, as far as `run` needs it."""
+        if other is self._start(run):
+            return self._has_folder(other)
         job = other.run.job
-        of_first = job in (run.config.checkpoint, run.config.speed_of)  # whose weights or speed are taken
-        if of_first and job not in (run.config.best_of, *run.config.needs) and other is not self._of_job(job)[0]:
-            return True
-        return self._has_folder(other) if job == run.config.checkpoint else self._finished(other) is not None
+        needs_all = job in (run.config.best_of, *run.config.needs)
+        gives_speed = job == run.config.speed_of and other is self._of_job(job)[0]
+        return not (needs_all or gives_speed) or self._finished(other) is not None
 
     def _starts_others(self, progress: Progress) -> bool:
         """Whether a run that is still to be made starts from this one's weights, which are not there."""
-        job = progress.run.job
-        starts = any(p.wanted and p.state == WAITING and p.run.config.checkpoint == job for p in self.runs.values())
-        return starts and progress is self._of_job(job)[0] and not self._has_folder(progress)
+        waiting = (p.run for p in self.runs.values() if p.wanted and p.state == WAITING)
+        return any(self._start(run) is progress for run in waiting) and not self._has_folder(progress)
 
     # --- the processes
 
@@ -412,6 +419,7 @@ class Study:
             "point": dict(run.point),
             "recipe": Path(run.config.pretrain or run.config.glue or "").stem or None,
             "start": run.config.checkpoint,
+            "start_seed": run.config.checkpoint_seed,
             "key": plan.key,
             "outcome": outcome,
             "commit": self.commit,

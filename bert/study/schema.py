@@ -33,7 +33,8 @@ class JobConfig:
     minutes: float | None = None  # pretrain: as many steps as this takes ...
     speed_of: str | None = None  # ... at the speed of that job's first run
 
-    checkpoint: str | None = None  # the job that it starts from: the weights alone, of its first run
+    checkpoint: str | None = None  # the job that it starts from: the weights alone, of its first run ...
+    checkpoint_seed: int | None = None  # ... or of the one with this seed
     output: str | None = None  # command: the JSON that it writes into the results; null: it writes to {folder}
     needs: list[str] = field(default_factory=list)  # jobs that are to be done before
 
@@ -111,6 +112,10 @@ def _check_job(study: StudyConfig, name: str, job: JobConfig, where: str) -> Non
             raise RecipeError(f"{where}: {key} '{other}', which trains nothing")
     if job.checkpoint is not None and study.jobs[job.checkpoint].kind == "glue":
         raise RecipeError(f"{where}: checkpoint '{job.checkpoint}': fine-tuning leaves none to start from")
+    if job.checkpoint_seed is not None:
+        seeds = [] if job.checkpoint is None else study.jobs[job.checkpoint].seeds
+        if job.checkpoint_seed not in seeds:
+            raise RecipeError(f"{where}: checkpoint_seed {job.checkpoint_seed} is none of {seeds}, its seeds")
 
 
 def _check_order(study: StudyConfig, path: str) -> None:

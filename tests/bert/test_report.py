@@ -113,6 +113,15 @@ def rows(page: str, first: str) -> list[str]:
     return [cell.strip() for cell in line.strip("| ").split(" | ")]
 
 
+def test_what_was_tuned_from_another_seed_is_named_so(results: Path, tmp_path: Path) -> None:
+    other = tuned("base")
+    other["study"] |= {"run": "tasks-mean", "start_seed": 18}
+    (results / "wiki/tasks-mean.json").write_text(json.dumps(other))
+    assert main(["--results", str(results), "--out", str(tmp_path / "results.md")]) == 0
+    page = (tmp_path / "results.md").read_text()
+    assert "| tasks |  |" in page and "| tasks-mean (start's seed 18) |  |" in page
+
+
 def test_the_page_says_what_the_files_say(results: Path, tmp_path: Path) -> None:
     out = tmp_path / "docs" / "results.md"
     assert main(["--results", str(results), "--out", str(out)]) == 0

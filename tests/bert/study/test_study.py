@@ -183,6 +183,17 @@ def test_results_travel_and_checkpoints_are_made_again_only_where_they_are_neede
     assert place.result("base-seed-1")["minutes"] == 99  # what followed from the first result still does
 
 
+def test_what_starts_from_another_seed(place: Place) -> None:
+    assert main([str(place.write(JOBS)), "--only", "look"]) == 0
+    place.calls()
+    jobs = {**JOBS, "second": {**JOBS["look"], "checkpoint_seed": 2, "output": "second.json"}}
+    assert main([str(place.write(jobs)), "--only", "second"]) == 0
+    assert place.calls() == ["base-seed-2", "command"]  # that seed alone
+    assert re.fullmatch("runs/s-base-seed-2-[0-9a-f]{6}", place.result("second")["from"])
+    assert (place.result("second")["study"]["start"], place.result("second")["study"]["start_seed"]) == ("base", 2)
+    assert place.result("look")["study"]["start_seed"] is None
+
+
 def test_a_changed_recipe_is_run_again_with_what_follows(place: Place) -> None:
     assert main([str(place.write(JOBS)), "--slots", "2"]) == 0
     place.calls()
@@ -280,6 +291,8 @@ def test_runs_end_with_their_study(place: Place) -> None:
             "jobs wait for each other: base, timed, on, tasks, look",
         ),
         ({"look": {"command": ["look.py"], "checkpoint": "tasks"}}, "fine-tuning leaves none to start from"),
+        ({"on": {**JOBS["on"], "checkpoint_seed": 3}}, r"checkpoint_seed 3 is none of \[1, 2\]"),
+        ({"base": {**JOBS["base"], "checkpoint_seed": 1}}, r"checkpoint_seed 1 is none of \[\]"),
     ],
 )
 def test_mistakes_in_a_study_are_named(place: Place, changes: dict[str, Any], message: str) -> None:
