@@ -174,7 +174,7 @@ def to_dataclass(cls: type[Config], values: dict[str, Any], where: str) -> Confi
 
 def to_yaml(config: TrainConfig) -> str:
     """The resolved recipe as YAML, every default included: `load_config` reads it back to an equal config."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(dataclasses.asdict(config))
 
 
 def _read_yaml(path: Path, readers: tuple[Path, ...], folder: Path) -> DictConfig:

@@ -29,7 +29,7 @@ from bert.processes import signal_when_parent_ends, signals_as_interrupts, visib
 from bert.provenance import commit, device_name, provenance
 from bert.recipe import builders
 from bert.recipe.resume import LATEST, run_folder
-from bert.recipe.schema import TrainConfig, load_config
+from bert.recipe.schema import TrainConfig, load_config, to_yaml
 from bert.study.records import pretraining_record, read_metrics, recipe_hash
 from bert.study.schema import Run, StudyConfig, as_overrides, dependencies, runs_of
 
@@ -143,10 +143,13 @@ class Study:
             values["seed"] = run.seed
         if steps is not None:
             values["max_duration"] = f"{steps}ba"
-        recipe = str(run.config.pretrain)
-        values["run_name"] += f"-{recipe_hash(self._read(recipe, as_overrides(values)))[:6]}"
+        recipe, short = str(run.config.pretrain), self._name(run)
+        config = self._read(recipe, as_overrides(values))
+        values["run_name"] = name = f"{short}-{recipe_hash(config)[:6]}"
         overrides = as_overrides(values)
-        return self._read(recipe, overrides), overrides
+        if to_yaml(config).count(short) > 1:  # something else may follow from the name
+            return self._read(recipe, overrides), overrides
+        return dataclasses.replace(config, run_name=name), overrides
 
     def _read(self, recipe: str, overrides: list[str]) -> TrainConfig:
         """Read a recipe, each once: it takes a twentieth of a second, and must not change while the study runs."""

@@ -25,6 +25,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Return a function that runs a benchmark in this process, tiny, and gives its JSON."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.import_module("gpu_common"), "ROUNDS", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
