@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch.distributed
 from filelock import FileLock, Timeout
-from streaming.base.constant import SHM_TO_CLEAN
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
 from streaming.base.distributed import get_local_rank, maybe_init_dist
 
 log = logging.getLogger(__name__)
 
 _SECONDS_ALONE = 60  # that a job waits until others on this host have started
-_SEGMENT = re.compile(rf"\d{{6,}}_({'|'.join(SHM_TO_CLEAN)})")
+_SEGMENT = re.compile(rf"(\d{{6,}})_({'|'.join(SHM_TO_CLEAN)})")
+_LOCK = re.compile(rf"(\d{{6,}})_({BARRIER_FILELOCK}|{CACHE_FILELOCK})")
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def alone_on_this_host() -> Iterator[None]:
 
     Two jobs on the same two hosts may each wait for the other's: so none waits for ever.
     """
-    lock = FileLock(Path(tempfile.gettempdir(), f"streaming-start-{os.getuid()}.lock"), timeout=_SECONDS_ALONE)
+    lock = _start_lock()
     try:
         if get_local_rank() == 0:
             lock.acquire()
@@ -41,15 +42,29 @@ def alone_on_this_host() -> Iterator[None]:
         lock.release()
 
 
-def clean_stale_shared_memory(folder: str = "/dev/shm", processes: str = "/proc") -> list[str]:
+def _start_lock() -> FileLock:
+    return FileLock(Path(tempfile.gettempdir(), f"streaming-start-{os.getuid()}.lock"), timeout=_SECONDS_ALONE)
+
+
+def clean_stale_shared_memory(
+    folder: str = "/dev/shm", processes: str = "/proc", temporary: str | None = None
+) -> list[str]:
     """Remove shared memory of streaming that a killed run left behind; what a living process uses stays.
 
     Every rank calls it once before the first loader; the first of each node does the work and the others wait. Only
     Linux keeps the segments as files, so elsewhere nothing happens. (Streaming's own function of this name removes the
-    segments of other running jobs too.) Lock files that a crash leaves in the temporary folder are empty and stay:
-    streaming passes over their numbers.
+    segments of other running jobs too.)
 
-    Containers that share /dev/shm must share their process numbers too, or their segments look unused.
+    So go the empty lock files in the temporary folder whose number has no segment: every run leaves two for each of its
+    datasets, and each new dataset looks for those of all numbers, one by one (0.8 s where 6,500 had been left).
+
+    Containers that share /dev/shm must share their process numbers too, or their segments look unused; those that share
+    the temporary folder must share /dev/shm, for the lock files' sake.
+
+    Args:
+        folder: where the segments are.
+        processes: where the processes are.
+        temporary: the temporary folder; None: Python's.
 
     Returns:
         The names of the removed segments.
@@ -57,24 +72,40 @@ def clean_stale_shared_memory(folder: str = "/dev/shm", processes: str = "/proc"
     removed: list[str] = []
     started_distributed = maybe_init_dist()
     if get_local_rank() == 0 and os.path.isdir(folder) and os.path.isdir(processes):
-        own = os.getuid()
         # Listed before the processes are: a segment that is made in between is not a candidate.
-        candidates = [
-            entry.name
-            for entry in os.scandir(folder)
-            if _SEGMENT.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_uid == own
-        ]
+        candidates = _own_files(folder, _SEGMENT)
         mapped = _mapped_files(processes, folder) if candidates else set()
-        removed = sorted(name for name in candidates if name not in mapped)
+        removed = sorted(path.name for path in candidates if path.name not in mapped)
         for name in removed:
             Path(folder, name).unlink(missing_ok=True)
         if removed:
             log.info("removed %d shared-memory segments that a killed run left: %s", len(removed), ", ".join(removed))
+        with contextlib.suppress(Timeout), _start_lock():  # while no other job takes a number
+            _remove_locks(temporary or tempfile.gettempdir(), folder)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     if started_distributed:
         torch.distributed.destroy_process_group()
     return removed
+
+
+def _remove_locks(temporary: str, folder: str) -> None:
+    locks = _own_files(temporary, _LOCK)
+    # A run makes its segments before its locks: one that was listed, and has none now, is left over.
+    used = {match[1] for entry in os.scandir(folder) if (match := _SEGMENT.fullmatch(entry.name))}
+    for path in locks:
+        if path.name.partition("_")[0] not in used:
+            path.unlink(missing_ok=True)
+
+
+def _own_files(folder: str, pattern: re.Pattern[str]) -> list[Path]:
+    found = []
+    for entry in os.scandir(folder):
+        if pattern.fullmatch(entry.name):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.stat(follow_symlinks=False).st_uid == os.getuid():
+                    found.append(Path(entry.path))
+    return found
 
 
 def _mapped_files(processes: str, folder: str) -> set[str]:

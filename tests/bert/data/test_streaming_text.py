@@ -488,13 +488,30 @@ def test_what_a_killed_run_left_is_removed_and_a_living_run_keeps_its_own(root, 
     assert len(epoch(build(tmp_path / "cache", remote=str(root)))) == SAMPLES // 8
 
 
+def test_locks_go_with_their_numbers_segments(tmp_path):
+    names = [f"{number}_{kind}_filelock" for number in ("000000", "000001", "1234567") for kind in ("barrier", "cache")]
+    temporary, segments, processes = (tmp_path / name for name in ("tmp", "shm", "proc"))
+    for folder in (temporary, segments, processes / "12"):
+        folder.mkdir(parents=True)
+    for name in (*names, "000002_other_filelock", "streaming-start.lock"):
+        (temporary / name).touch()
+    (segments / "000001_locals").touch()
+    (processes / "12" / "maps").write_text(f"7f00-7f01 rw-s 0 00:19 5    {segments}/000001_locals\n")
+    assert clean_stale_shared_memory(str(segments), str(processes), str(temporary)) == []
+    left = {"000001_barrier_filelock", "000001_cache_filelock", "000002_other_filelock", "streaming-start.lock"}
+    assert set(os.listdir(temporary)) == left
+    (processes / "12" / "maps").unlink()  # it was killed
+    assert clean_stale_shared_memory(str(segments), str(processes), str(temporary)) == ["000001_locals"]
+    assert set(os.listdir(temporary)) == {"000002_other_filelock", "streaming-start.lock"}
+
+
 def test_only_segments_of_streaming_are_candidates(tmp_path):
     for name in ("000000_locals", "000012_resume", "000000_other", "x000000_locals", "sem.000000_locals"):
         (tmp_path / name).touch()
     processes = tmp_path / "proc"
     (processes / "12").mkdir(parents=True)
     (processes / "12" / "maps").write_text(f"7f00-7f01 rw-s 0 00:19 5    {tmp_path}/000000_locals\n")
-    assert clean_stale_shared_memory(str(tmp_path), str(processes)) == ["000012_resume"]
+    assert clean_stale_shared_memory(str(tmp_path), str(processes), str(tmp_path)) == ["000012_resume"]
     assert (tmp_path / "000000_locals").exists() and (tmp_path / "000000_other").exists()
 
 
