@@ -61,14 +61,14 @@ def main() -> None:
         for name in args.models:
             model = build(name, length, device, small=args.small, checkpointing=args.checkpointing)
             made = []
-            for limit in limits if name.startswith("m2") else limits[:1]:
+            for limit in limits if name.startswith("m2") else [None]:  # the others have no such kernels
                 with kernels_up_to(limit):
                     made.append({"model": name, "length": length, "kernels_up_to": limit, **measure(model, length)})
             if args.tokens:
                 time_passes(model, made, args.tokens, seconds=0.01 if args.small else SECONDS)
             for row in made:
                 times = {key: f"{row[key]:.2f}" if key in row else "" for key in ("ms", "ms_unmasked")}
-                print(LINE.format(**{**row, **times, "limit": row["kernels_up_to"]}), flush=True)
+                print(LINE.format(**{**row, **times, "limit": row["kernels_up_to"] or ""}), flush=True)
             rows += made
             del model
             common.free_memory()
@@ -77,17 +77,18 @@ def main() -> None:
     if args.plot:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
-            name = row["model"] + (f", kernels up to {row['kernels_up_to']}" if len(limits) > 1 else "")
+            of_kernels = len(limits) > 1 and row["kernels_up_to"] is not None
+            name = row["model"] + (f", kernels up to {row['kernels_up_to']}" if of_kernels else "")
             lines.setdefault(name, []).append((row["length"], row["gradient"]))
         title = f"worst gradient of a padded batch, fp32, {device_name()}"
         common.draw_lines(args.plot, lines, title=title, x_label="tokens a sequence", y_label="relative error")
 
 
 @contextlib.contextmanager
-def kernels_up_to(limit: int) -> Iterator[None]:
-    """Leave sequences of up to `limit` tokens to the kernels in exact fp32."""
+def kernels_up_to(limit: int | None) -> Iterator[None]:
+    """Leave sequences of up to `limit` tokens to the kernels in exact fp32; None: as it is."""
     before = CONVOLUTION.KERNELS_EXACT_MAX_LENGTH
-    CONVOLUTION.KERNELS_EXACT_MAX_LENGTH = limit
+    CONVOLUTION.KERNELS_EXACT_MAX_LENGTH = before if limit is None else limit
     try:
         yield
     finally:
@@ -132,7 +133,7 @@ def time_passes(model: Any, rows: list[dict[str, Any]], tokens: int, *, seconds:
     ids = common.random_ids(model.device, tokens, rows[0]["length"], model.config.vocab_size)
     mask = common.random_mask(ids)
 
-    def step(limit: int, attention_mask: Tensor | None) -> None:
+    def step(limit: int | None, attention_mask: Tensor | None) -> None:
         model.zero_grad()
         with kernels_up_to(limit):
             model(input_ids=ids, attention_mask=attention_mask)[0].square().sum().backward()

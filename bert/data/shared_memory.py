@@ -42,8 +42,8 @@ def alone_on_this_host() -> Iterator[None]:
         lock.release()
 
 
-def _start_lock() -> FileLock:
-    return FileLock(Path(tempfile.gettempdir(), f"streaming-start-{os.getuid()}.lock"), timeout=_SECONDS_ALONE)
+def _start_lock(timeout: float = _SECONDS_ALONE) -> FileLock:
+    return FileLock(Path(tempfile.gettempdir(), f"streaming-start-{os.getuid()}.lock"), timeout=timeout)
 
 
 def clean_stale_shared_memory(
@@ -55,8 +55,10 @@ def clean_stale_shared_memory(
     Linux keeps the segments as files, so elsewhere nothing happens. (Streaming's own function of this name removes the
     segments of other running jobs too.)
 
-    So go the empty lock files in the temporary folder whose number has no segment: every run leaves two for each of its
-    datasets, and each new dataset looks for those of all numbers, one by one (0.8 s where 6,500 had been left).
+    The empty lock files in the temporary folder whose number has no segment go too: every run leaves two for each of
+    its datasets, and each new dataset looks for those of all numbers, one by one (0.8 s where 6,500 had been left).
+    Those of segments that this call removed stay until the next: Python may yet unlink what the killed run had
+    registered, and must not meet another run's of the same number.
 
     Containers that share /dev/shm must share their process numbers too, or their segments look unused; those that share
     the temporary folder must share /dev/shm, for the lock files' sake.
@@ -80,8 +82,9 @@ def clean_stale_shared_memory(
             Path(folder, name).unlink(missing_ok=True)
         if removed:
             log.info("removed %d shared-memory segments that a killed run left: %s", len(removed), ", ".join(removed))
-        with contextlib.suppress(Timeout), _start_lock():  # while no other job takes a number
-            _remove_locks(temporary or tempfile.gettempdir(), folder)
+        # While no other job takes a number; where one takes long, the next run removes them.
+        with contextlib.suppress(Timeout), _start_lock(timeout=10):
+            _remove_locks(temporary or tempfile.gettempdir(), folder, besides=removed)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     if started_distributed:
@@ -89,10 +92,11 @@ def clean_stale_shared_memory(
     return removed
 
 
-def _remove_locks(temporary: str, folder: str) -> None:
+def _remove_locks(temporary: str, folder: str, besides: list[str]) -> None:
     locks = _own_files(temporary, _LOCK)
     # A run makes its segments before its locks: one that was listed, and has none now, is left over.
-    used = {match[1] for entry in os.scandir(folder) if (match := _SEGMENT.fullmatch(entry.name))}
+    segments = [*(entry.name for entry in os.scandir(folder)), *besides]
+    used = {match[1] for name in segments if (match := _SEGMENT.fullmatch(name))}
     for path in locks:
         if path.name.partition("_")[0] not in used:
             path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bert.study", description=DESCRIPTION)
     parser.add_argument("study", help="YAML, for example yamls/studies/wikipedia.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the YAML: set.max_duration=100ba")
-    parser.add_argument("--only", nargs="+", metavar="JOB", help="these jobs, in this order, and what they need")
+    parser.add_argument("--only", nargs="+", metavar="JOB", help="these jobs in this order, each after what it needs")
     parser.add_argument("--minutes", type=float, help="stop after so long, with checkpoints")
     parser.add_argument("--slots", type=int, help="runs at a time (default: one on each GPU, or one)")
     parser.add_argument("--commit", help="of the code, where git cannot tell")

@@ -73,7 +73,7 @@ class Study:
 
     Args:
         config: the study.
-        only: jobs to run, the first one first, with what they need; None: all, in the YAML's order.
+        only: jobs to run in this order, each after what it needs; None: all, in the YAML's order.
         slots: runs at a time; None: one on each GPU, or one on the CPU.
         commit: of the code, for the record; None: what git says.
 
@@ -103,8 +103,8 @@ class Study:
         self._recipes: dict[tuple[str, ...], TrainConfig] = {}
         self._check_recipes()
         self._choose(set(only) if only else set(config.jobs))
-        places = {name: place for place, name in reversed([*enumerate(only or [])])}
-        self._in_order = sorted(self.runs.values(), key=lambda progress: places.get(progress.run.job, -1))
+        jobs = _in_order(config, only) if only else [*config.jobs]
+        self._in_order = [progress for job in jobs for progress in self._of_job(job)]
 
     # --- what a run is
 
@@ -487,6 +487,15 @@ class Study:
             cells = [f"{result[key]:{form}}" if result.get(key) else "" for key, form in columns]
             rows.append([progress.run.name, progress.state, *cells, progress.reason])
         return rows
+
+
+def _in_order(config: StudyConfig, only: Sequence[str]) -> list[str]:
+    """Return the jobs of `only` in that order, each after what it needs."""
+    found: list[str] = []
+    for name in only:
+        needed = dependencies(config.jobs[name])
+        found += [*_in_order(config, [job for job in config.jobs if job in needed]), name]
+    return [*dict.fromkeys(found)]
 
 
 def _result_of(path: Path, key: str) -> dict[str, Any] | None:

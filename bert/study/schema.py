@@ -113,9 +113,10 @@ def _check_job(study: StudyConfig, name: str, job: JobConfig, where: str) -> Non
     if job.checkpoint is not None and study.jobs[job.checkpoint].kind == "glue":
         raise RecipeError(f"{where}: checkpoint '{job.checkpoint}': fine-tuning leaves none to start from")
     if job.checkpoint_seed is not None:
-        seeds = [] if job.checkpoint is None else study.jobs[job.checkpoint].seeds
-        if job.checkpoint_seed not in seeds:
-            raise RecipeError(f"{where}: checkpoint_seed {job.checkpoint_seed} is none of {seeds}, its seeds")
+        if job.checkpoint is None:
+            raise RecipeError(f"{where}: 'checkpoint_seed' without a checkpoint")
+        if job.checkpoint_seed not in (seeds := study.jobs[job.checkpoint].seeds):
+            raise RecipeError(f"{where}: {job.checkpoint_seed} is none of the seeds of '{job.checkpoint}': {seeds}")
 
 
 def _check_order(study: StudyConfig, path: str) -> None:

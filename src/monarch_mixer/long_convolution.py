@@ -59,8 +59,9 @@ def kernels_round(x: Tensor, *others: Tensor) -> str | None:
 
     The kernels' transforms are fp32, and the more tokens the larger their rounding: beyond a length the gradients that
     follow are not exact to fp32 (1e-5), where all else is. In M2-BERT-base on an H200 a padded batch's were off by up
-    to 1.2e-5 at 2,048 tokens and 1.4e-5 at 8,192. Beside longer texts, which fp64 transforms, those in kernels were off
-    by 4.0e-6 for kernels up to 256 tokens, 6.2e-6 up to 512 and 1.7e-5 up to 1,024 (docs/padding.md).
+    to 1.2e-5 at 2,048 tokens and 1.4e-5 at 8,192; those of a batch with a longer text, which fp64 transforms, and
+    shorter ones in kernels by 4.0e-6 for kernels up to 256 tokens, 6.2e-6 up to 512 and 1.7e-5 up to 1,024
+    (docs/padding.md, which says what was measured how).
 
     Args:
         x: the input.

@@ -502,6 +502,8 @@ def test_locks_go_with_their_numbers_segments(tmp_path):
     assert set(os.listdir(temporary)) == left
     (processes / "12" / "maps").unlink()  # it was killed
     assert clean_stale_shared_memory(str(segments), str(processes), str(temporary)) == ["000001_locals"]
+    assert set(os.listdir(temporary)) == left  # not at once
+    assert clean_stale_shared_memory(str(segments), str(processes), str(temporary)) == []
     assert set(os.listdir(temporary)) == {"000002_other_filelock", "streaming-start.lock"}
 
 

@@ -183,6 +183,13 @@ def test_results_travel_and_checkpoints_are_made_again_only_where_they_are_neede
     assert place.result("base-seed-1")["minutes"] == 99  # what followed from the first result still does
 
 
+def test_what_a_job_needs_comes_right_before_it(place: Place) -> None:
+    small = {"pretrain": "recipe.yaml", "set": {"max_duration": "2ba"}}
+    jobs = {"b": small, "a": small, "of_b": {**small, "checkpoint": "b"}, "of_a": {**small, "checkpoint": "a"}}
+    assert main([str(place.write(jobs)), "--slots", "1", "--only", "of_a", "of_b"]) == 0
+    assert place.calls() == ["a", "of_a", "b", "of_b"]
+
+
 def test_what_starts_from_another_seed(place: Place) -> None:
     assert main([str(place.write(JOBS)), "--only", "look"]) == 0
     place.calls()
@@ -291,8 +298,8 @@ def test_runs_end_with_their_study(place: Place) -> None:
             "jobs wait for each other: base, timed, on, tasks, look",
         ),
         ({"look": {"command": ["look.py"], "checkpoint": "tasks"}}, "fine-tuning leaves none to start from"),
-        ({"on": {**JOBS["on"], "checkpoint_seed": 3}}, r"checkpoint_seed 3 is none of \[1, 2\]"),
-        ({"base": {**JOBS["base"], "checkpoint_seed": 1}}, r"checkpoint_seed 1 is none of \[\]"),
+        ({"on": {**JOBS["on"], "checkpoint_seed": 3}}, r"3 is none of the seeds of 'base': \[1, 2\]"),
+        ({"base": {**JOBS["base"], "checkpoint_seed": 1}}, "'checkpoint_seed' without a checkpoint"),
     ],
 )
 def test_mistakes_in_a_study_are_named(place: Place, changes: dict[str, Any], message: str) -> None:
