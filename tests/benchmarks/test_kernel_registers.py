@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 def test_a_kernel_is_compiled_with_and_without_a_mask(tmp_path: Path) -> None:
     # A process of its own: the other tests' kernels are interpreted.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     command = [sys.executable, str(ROOT / "benchmarks/kernel_registers.py"), "--blocks", "256"]
     command += ["--output", str(tmp_path / "r.json")]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)

@@ -14,9 +14,9 @@ KERNELS = HERE.parents[2] / "src" / "monarch_mixer" / "kernels"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile them for this GPU")
-def test_every_kernel_compiles(tmp_path):
+def test_every_kernel_compiles():
+    # With Triton's own cache, whose keys are all that a kernel is made of: what is as it was is not compiled again.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, str(HERE / "compile_all.py")]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
