@@ -56,7 +56,7 @@ def clean_stale_shared_memory(
     segments of other running jobs too.)
 
     The empty lock files in the temporary folder whose number has no segment go too: every run leaves two for each of
-    its datasets, and each new dataset looks for those of all numbers, one by one (0.8 s where 6,500 had been left).
+    its datasets, and each new dataset looks for those of all numbers, one by one (0.5 s where 6,500 were left).
     Those of segments that this call removed stay until the next: Python may yet unlink what the killed run had
     registered, and must not meet another run's of the same number.
 
