@@ -54,7 +54,6 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     limits = args.kernels_up_to or [CONVOLUTION.KERNELS_EXACT_MAX_LENGTH]
     rows: list[dict[str, Any]] = []
-    print(device_name())
     names = {key: key.replace("_", " ") for key in ("model", "length", "output", "gradient", "all", "ms", "of")}
     print(LINE.replace(".1e", "").format(**names, limit="kernels", ms_unmasked="unmasked"), flush=True)
     for length in args.lengths or ([16, 80] if args.small else LENGTHS):

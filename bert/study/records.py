@@ -23,9 +23,10 @@ ACCURACY = "metrics/eval/MaskedAccuracy"
 _HOUR = 3600.0
 
 
-def recipe_hash(config: TrainConfig) -> str:
-    """Return 16 hexadecimal digits that follow from the resolved recipe."""
-    return hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]
+def recipe_hash(config: TrainConfig | str) -> str:
+    """Return 16 hexadecimal digits that follow from the resolved recipe, or from its YAML where that is at hand."""
+    text = config if isinstance(config, str) else to_yaml(config)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

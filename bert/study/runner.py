@@ -145,9 +145,10 @@ class Study:
             values["max_duration"] = f"{steps}ba"
         recipe, short = str(run.config.pretrain), self._name(run)
         config = self._read(recipe, as_overrides(values))
-        values["run_name"] = name = f"{short}-{recipe_hash(config)[:6]}"
+        text = to_yaml(config)
+        values["run_name"] = name = f"{short}-{recipe_hash(text)[:6]}"
         overrides = as_overrides(values)
-        if to_yaml(config).count(short) > 1:  # something else may follow from the name
+        if text.count(short) > 1:  # something else may follow from the name
             return self._read(recipe, overrides), overrides
         return dataclasses.replace(config, run_name=name), overrides
 
