@@ -26,6 +26,7 @@ from bert.data.tokenizer import load_tokenizer
 from bert.errors import CheckpointError, RecipeError
 from bert.files import write_json
 from bert.glue.data import EncodedSplit, count_warnings, in_file_order, load_split, loader, locate
+from bert.glue.graphs import TrainingGraphs, graphs_apply
 from bert.glue.metrics import metric_key
 from bert.glue.model import SequenceClassifier, Start, load_finetuned, save_finetuned
 from bert.glue.results import Results
@@ -72,6 +73,7 @@ class JobSpec:
     device: str | None
     threads: int
     kernels: bool
+    cuda_graphs: bool
     deterministic: bool
     python_log_level: str
     outputs: list[str]  # of MODEL and TEST: what to leave besides the result
@@ -263,6 +265,8 @@ def train(spec: JobSpec) -> dict[str, Any]:
             f"checkpoint: {spec.start.checkpoint} has changed since the sweep was started: start it again"
         )
     model.metric_names = list(task.metrics)
+    if spec.cuda_graphs and device.name == "gpu" and graphs_apply(model.model, settings):
+        model.training_pass = TrainingGraphs(model.model, model.inputs)
     progress = JobProgress(spec.folder / "progress.json")
     train_data, _ = data.batches(model, train_split, settings.batch_size, train=True)
     evaluators = [

@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -68,9 +68,12 @@ class SequenceClassifier(ComposerModel):
         self.metric_names: list[str] = []
         taken = inspect.signature(model.forward).parameters
         self.inputs = [name for name in INPUTS if name in taken]  # not every model knows token types
+        self.training_pass: Callable[[Mapping[str, Tensor]], Tensor] | None = None  # for `model`, in training
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the outputs (batch, labels): logits, or the prediction of a regression."""
+        if self.training_pass is not None and self.training:
+            return self.training_pass(batch)
         return self.model(**{name: batch[name] for name in self.inputs}).logits
 
     def loss(self, outputs: Tensor, batch: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -224,6 +224,7 @@ class Sweep:
             "settings": numbers,
             "device": self.device,
             "kernels": config.kernels,
+            "cuda_graphs": config.cuda_graphs,
             "deterministic": config.deterministic,
             "seed": job.seed,
         }
@@ -252,6 +253,7 @@ class Sweep:
             device=self.device,
             threads=self.threads,
             kernels=config.kernels,
+            cuda_graphs=config.cuda_graphs,
             deterministic=config.deterministic,
             python_log_level=config.python_log_level,
             outputs=outputs + ([jobs.TEST] if config.test else []),

@@ -21,7 +21,7 @@ from composer.utils.parallelism import FSDP2Config, FSDPConfig, TPConfig
 from bert.errors import RecipeError, nearest
 from bert.recipe.callbacks import LoaderMonitor, LossCurve, LossSpike, NaNGuard
 from bert.recipe.loggers import JsonlLogger
-from bert.recipe.optim import DecoupledAdamW, WarmupStableDecayScheduler, check_groups, parameter_groups
+from bert.recipe.optim import AdamW, DecoupledAdamW, WarmupStableDecayScheduler, check_groups, parameter_groups
 from bert.recipe.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ REGISTRY: dict[str, dict[str, Entry]] = {
     "optimizer": {
         "decoupled_adamw": Entry(DecoupledAdamW),
         "decoupled_sgdw": Entry(optim.DecoupledSGDW),
-        "adamw": Entry(torch.optim.AdamW),
+        "adamw": Entry(AdamW),
         "adam": Entry(torch.optim.Adam),
         "sgd": Entry(torch.optim.SGD),
     },

@@ -14,7 +14,7 @@ from composer.optim import DecoupledAdamW, LinearWithWarmupScheduler
 
 from bert.errors import RecipeError
 from bert.recipe import optim
-from bert.recipe.optim import WarmupStableDecayScheduler, parameter_groups
+from bert.recipe.optim import AdamW, WarmupStableDecayScheduler, parameter_groups
 
 
 class Toy(torch.nn.Module):
@@ -171,3 +171,22 @@ def test_the_fused_optimizer_is_composers(amsgrad: bool) -> None:
         optimizer.load_state_dict(copy.deepcopy(state))
     train([ours, theirs], made, range(8, 16))
     check()
+
+
+@pytest.mark.parametrize(("arguments", "fused"), [({}, True), ({"foreach": True}, False), ({"fused": False}, False)])
+def test_adamw_is_fused_unless_told_otherwise_and_pytorchs(arguments: dict, fused: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = Toy(), Toy()
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = [
+        AdamW(ours.parameters(), lr=0.1, weight_decay=0.1, **arguments),
+        torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.1, foreach=False),
+    ]
+    assert bool(optimizers[0].param_groups[0]["fused"]) is fused
+    for step in range(3):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            model.decoder(model.norm(model.embedding(torch.tensor([step, 1])))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected)

@@ -1,0 +1,110 @@
+"""Training steps as CUDA graphs: the host starts one for the forward pass and one for the backward pass.
+
+A step of fine-tuning is small: starting its kernels one by one takes longer than they do.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bert.glue.schema import Settings
+from bert.modeling import M2BertForSequenceClassification
+from bert.recipe.builders import active
+
+log = logging.getLogger(__name__)
+
+EAGER_STEPS = 2  # of a shape before it is captured: one that comes so seldom is not worth it (an epoch's last batch)
+HARMLESS_ALGORITHMS = {"gradient_clipping"}  # others may replace weights, which a captured graph would not see
+
+Pass = Callable[..., Tensor]  # the model's inputs to its logits
+
+
+def graphs_apply(model: nn.Module, settings: Settings) -> bool:
+    """Say whether a model's training steps on a GPU can be captured.
+
+    Hugging Face's own models look at the mask on the host. With several microbatches a step gradients would be added to
+    what the next replay overwrites.
+    """
+    whole = settings.microbatch_size is None or settings.microbatch_size >= settings.batch_size
+    plain = set(active(settings.algorithms)) <= HARMLESS_ALGORITHMS and "activation_monitor" not in active(
+        settings.callbacks
+    )
+    return isinstance(model, M2BertForSequenceClassification) and whole and plain and not settings.compile
+
+
+class TrainingGraphs:
+    """A classifier's forward pass in training, with its backward pass, captured once for each shape of a batch.
+
+    Inputs are copied to where the graph reads them, dropout draws anew in every replay, and gradients are those of the
+    kernels that were captured. Each shape keeps memory for a gradient of every parameter.
+
+    Args:
+        model: what is captured; its weights must stay where they are in memory.
+        names: of the inputs that it is given.
+        capture: how; tests without a GPU have their own.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], capture: Callable[[Pass, tuple[Tensor, ...]], Pass] | None = None
+    ) -> None:
+        self._pass = _Pass(model, names)
+        self._names = list(names)
+        self._capture = _Capture() if capture is None else capture
+        self._seen: collections.Counter[tuple[torch.Size, ...]] = collections.Counter()
+        self._graphs: dict[tuple[torch.Size, ...], Pass] = {}
+        self._refused = False
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits (batch, labels) of a batch, to go backward from before the next call."""
+        inputs = tuple(batch[name] for name in self._names)
+        shape = tuple(tensor.shape for tensor in inputs)
+        if shape not in self._graphs and not self._refused:
+            self._seen[shape] += 1
+            if self._seen[shape] > EAGER_STEPS:
+                self._add(shape, inputs)
+        return self._graphs.get(shape, self._pass)(*inputs)
+
+    def _add(self, shape: tuple[torch.Size, ...], inputs: tuple[Tensor, ...]) -> None:
+        try:
+            self._graphs[shape] = self._capture(self._pass, inputs)
+        except RuntimeError as error:  # CUDA's own errors, and too little memory
+            self._refused = True
+            reason = str(error).splitlines()[0]
+            log.warning("further shapes are trained without CUDA graphs, which is slower: %s", reason)
+
+
+class _Pass(nn.Module):
+    """A model as a function of tensors alone, in training mode."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
+
+
+class _Capture:
+    """Captures passes into one memory pool: one is over, with its backward pass, before the next begins."""
+
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
+
+    def __call__(self, run: Pass, inputs: tuple[Tensor, ...]) -> Pass:
+        assert isinstance(run, _Pass)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        own = _Pass(run.model, run.names)  # PyTorch replaces the forward method of what it captures
+        places = tuple(tensor.clone() for tensor in inputs)
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        # Weights that autocast keeps in half precision would be the capture's for ever.
+        with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+            return torch.cuda.make_graphed_callables(
+                own, places, num_warmup_iters=1, allow_unused_input=True, pool=self._pool
+            )

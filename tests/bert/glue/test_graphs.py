@@ -1,0 +1,191 @@
+"""CUDA graphs of training steps: which are captured, and on a GPU that they compute what the kernels do one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bert.glue import job as jobs
+from bert.glue.graphs import EAGER_STEPS, TrainingGraphs, graphs_apply
+from bert.glue.model import SequenceClassifier, build_classifier
+from bert.glue.schema import Settings
+from tests.bert.glue.conftest import MODEL, Recipe
+from tests.bert.glue.test_sweep import specification
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+NAMES = ("input_ids", "attention_mask", "token_type_ids")
+SETTINGS = Settings(optimizer={"name": "adamw"}, scheduler={"name": "constant_with_warmup"})
+
+
+def classifier(name: str = "m2_bert", dropout: float = 0.0) -> SequenceClassifier:
+    torch.manual_seed(0)
+    config: dict[str, Any] = {key: value for key, value in MODEL.items() if name == "m2_bert" or "hyena" not in key}
+    config |= {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "num_attention_heads": 2,
+    }
+    if name == "hf_bert":
+        config.pop("long_conv_l_max")
+    else:
+        config |= {"mask_padding": True, "initialization": "per_layer"}
+    return build_classifier(name, config, num_labels=3, pooling="first").train()
+
+
+def batch_of(length: int, rows: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 18, (rows, length), generator=generator)
+    mask = (torch.arange(length) < torch.randint(2, length + 1, (rows, 1), generator=generator)).long()
+    labels = torch.randint(0, 3, (rows,), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids % 2, "labels": labels}
+
+
+class Recorder:
+    """Stands for the capture of a graph: says what was captured, and how often each is replayed."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.captured: list[tuple[int, ...]] = []
+        self.replayed: list[int] = []
+        self.fails_at = fails_at
+
+    def __call__(self, run: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
+        if len(self.captured) == self.fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore about it")
+        self.captured.append(tuple(inputs[0].shape))
+
+        def replay(*inputs: torch.Tensor) -> torch.Tensor:
+            self.replayed.append(inputs[0].shape[1])
+            return run(*inputs)
+
+        return replay
+
+
+def test_a_shape_is_captured_once_and_only_if_it_comes_again() -> None:
+    model, recorder = classifier(), Recorder()
+    model.training_pass = TrainingGraphs(model.model, model.inputs, recorder)
+    for length in (8, 12, 8, 8, 12, 8, 12, 12, 16):
+        batch = batch_of(length)
+        expected = model.model(**{name: batch[name] for name in NAMES}).logits
+        torch.testing.assert_close(model(batch), expected, rtol=0, atol=0)
+    assert EAGER_STEPS == 2
+    assert recorder.captured == [(4, 8), (4, 12)]
+    assert recorder.replayed == [8, 8, 12, 12]
+
+
+def test_evaluation_is_never_a_replay() -> None:
+    model, recorder = classifier(), Recorder()
+    model.training_pass = TrainingGraphs(model.model, model.inputs, recorder)
+    model.eval()
+    for _ in range(5):
+        model.eval_forward(batch_of(8))
+    assert recorder.captured == []
+
+
+def test_what_cannot_be_captured_is_trained_without(caplog: pytest.LogCaptureFixture) -> None:
+    model, recorder = classifier(), Recorder(fails_at=1)
+    model.training_pass = TrainingGraphs(model.model, model.inputs, recorder)
+    with caplog.at_level(logging.WARNING):
+        for length in (8, 8, 8, 12, 12, 12, 12, 16, 16, 16, 8):
+            assert model(batch_of(length)).shape == (4, 3)
+    assert (recorder.captured, recorder.replayed) == ([(4, 8)], [8, 8])
+    assert [record.message for record in caplog.records] == [
+        "further shapes are trained without CUDA graphs, which is slower: CUDA out of memory."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "applies"),
+    [
+        ({}, True),
+        ({"microbatch_size": 32}, True),
+        ({"algorithms": {"gradient_clipping": {}, "ema": None}}, True),
+        ({"microbatch_size": 16}, False),
+        ({"algorithms": {"ema": {}}}, False),
+        ({"callbacks": {"activation_monitor": {}}}, False),
+        ({"compile": True}, False),
+    ],
+)
+def test_whose_steps_are_captured(changes: dict[str, Any], applies: bool) -> None:
+    assert graphs_apply(classifier().model, dataclasses.replace(SETTINGS, **changes)) is applies
+
+
+def test_hugging_faces_models_are_not_captured() -> None:
+    assert graphs_apply(classifier("attention_bert").model, SETTINGS)
+    assert not graphs_apply(classifier("hf_bert").model, SETTINGS)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_gpu) for name in ("m2_bert", "attention_bert")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replays_compute_what_kernels_do(name: str, dtype: torch.dtype) -> None:
+    model, plain = classifier(name).cuda(), classifier(name).cuda()
+    model.training_pass = graphs = TrainingGraphs(model.model, model.inputs)
+    rate = 0.1
+    for step, length in enumerate((8, 8, 16, 8, 16, 16, 8, 16, 8)):
+        batch = {key: value.cuda() for key, value in batch_of(length, seed=step).items()}
+        losses = []
+        for each in (model, plain):
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                loss = each.loss(each(batch), batch)
+            loss.backward()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5 if dtype == torch.float32 else 1e-2), step
+        for (key, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert (ours.grad is None) is (theirs.grad is None), key
+            if theirs.grad is None:
+                continue
+            assert ours.grad is not None
+            scale = max(theirs.grad.norm().item(), 1e-3)
+            assert (ours.grad - theirs.grad).norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * scale, key
+        with torch.no_grad():  # the same weights again, so that differences do not add up
+            for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+                if theirs.grad is not None:
+                    theirs.sub_(rate * theirs.grad)
+                    ours.copy_(theirs)
+                    ours.grad = theirs.grad = None
+    assert len(graphs._graphs) == 2
+
+
+@pytest.mark.parametrize("place", [pytest.param("cuda", marks=needs_gpu)])
+def test_dropout_draws_anew_in_every_replay(place: str) -> None:
+    model = classifier(dropout=0.5).to(place)
+    model.training_pass = TrainingGraphs(model.model, model.inputs)
+    batch = {key: value.to(place) for key, value in batch_of(8).items()}
+    outputs = []
+    for _ in range(EAGER_STEPS + 3):
+        logits = model(batch)
+        outputs.append(logits.detach().clone())
+        logits.sum().backward()
+    replayed = outputs[EAGER_STEPS:]
+    assert not any(torch.equal(a, b) for i, a in enumerate(replayed) for b in replayed[:i])
+
+
+@pytest.mark.parametrize("device", [pytest.param("gpu", marks=needs_gpu)])
+def test_a_job_trains_with_them(
+    device: str, recipe: Recipe, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    captured: list[Any] = []
+
+    class Watched(TrainingGraphs):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            captured.append(self._graphs)
+
+    monkeypatch.setattr(jobs, "TrainingGraphs", Watched)
+    path = recipe(
+        tasks={"stsb": {}}, seeds=[5], epochs=3, precision="amp_bf16", optimizer={"name": "adamw", "lr": 1e-2}
+    )
+    spec = dataclasses.replace(specification(path, f"device={device}"), device=device)
+    Path(spec.folder).mkdir(parents=True, exist_ok=True)
+    result = jobs.train(spec)
+    assert result["steps"] == 15
+    assert captured[0], "nothing was captured"
+    assert all(isinstance(graph, nn.Module) for graph in captured[0].values())
+    assert "without CUDA graphs" not in caplog.text
