@@ -8,9 +8,11 @@ from __future__ import annotations
 import collections
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bert.glue.schema import Settings
 from bert.modeling import M2BertForSequenceClassification
@@ -78,33 +80,91 @@ class TrainingGraphs:
             log.warning("further shapes are trained without CUDA graphs, which is slower: %s", reason)
 
 
-class _Pass(nn.Module):
-    """A model as a function of tensors alone, in training mode."""
+class _Pass:
+    """A model as a function of tensors alone, with its own weights or others in their place."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        logits: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+    def __call__(self, *inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        named = dict(zip(self.names, inputs, strict=True))
+        outputs = self.model(**named) if weights is None else functional_call(self.model, dict(weights), (), named)
+        logits: Tensor = outputs.logits
         return logits
 
 
 class _Capture:
-    """Captures passes into one memory pool: one is over, with its backward pass, before the next begins."""
+    """Captures passes into one memory pool: one is over, with its backward pass, before the next begins.
+
+    As `torch.cuda.make_graphed_callables`, but that what is captured starts from tensors of its own, which share the
+    weights' memory: those of the weights themselves that earlier steps left in autograd belong to the stream of these.
+    """
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
 
-    def __call__(self, run: Pass, inputs: tuple[Tensor, ...]) -> Pass:
-        assert isinstance(run, _Pass)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        own = _Pass(run.model, run.names)  # PyTorch replaces the forward method of what it captures
+    def __call__(self, run: Any, inputs: tuple[Tensor, ...]) -> Pass:
         places = tuple(tensor.clone() for tensor in inputs)
+        weights = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in weights.items()}
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         # Weights that autocast keeps in half precision would be the capture's for ever.
         with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
-            return torch.cuda.make_graphed_callables(
-                own, places, num_warmup_iters=1, allow_unused_input=True, pool=self._pool
-            )
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):  # libraries make what they need at their first use
+                outputs = run(*places, weights=leaves)
+                torch.autograd.grad(outputs, [*leaves.values()], torch.zeros_like(outputs), allow_unused=True)
+                del outputs
+            torch.cuda.synchronize()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(forward, pool=self._pool):
+                outputs = run(*places, weights=leaves)
+            grad = torch.zeros_like(outputs)
+            with torch.cuda.graph(backward, pool=self._pool):
+                gradients = torch.autograd.grad(outputs, [*leaves.values()], grad, allow_unused=True)
+        return _replayed(forward, backward, places, outputs.detach(), grad, gradients, tuple(weights.values()))
+
+
+def _replayed(
+    forward: torch.cuda.CUDAGraph,
+    backward: torch.cuda.CUDAGraph,
+    places: tuple[Tensor, ...],
+    outputs: Tensor,
+    grad: Tensor,
+    gradients: tuple[Tensor | None, ...],
+    weights: tuple[Tensor, ...],
+) -> Pass:
+    """Return the function that replays two graphs, the second one in the backward pass.
+
+    Args:
+        forward: from `places` to `outputs`.
+        backward: from `grad`, that of the outputs, to `gradients`.
+        places: of the inputs.
+        outputs: where replays leave them.
+        grad: in the outputs' shape.
+        gradients: of the weights; None where the outputs do not depend on one.
+        weights: what autograd is to see as the function's inputs.
+    """
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Tensor) -> Tensor:
+            for place, tensor in zip(places, given[: len(places)], strict=True):
+                place.copy_(tensor)
+            forward.replay()
+            return outputs.detach()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+            grad.copy_(given)
+            backward.replay()
+            # New tensors on the same memory, which autograd takes for `.grad` without a copy.
+            return (None,) * len(places) + tuple(None if each is None else each.detach() for each in gradients)
+
+    def replay(*inputs: Tensor) -> Tensor:
+        return cast(Tensor, Replay.apply(*inputs, *weights))
+
+    return replay

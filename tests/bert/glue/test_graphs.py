@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from bert.glue import job as jobs
 from bert.glue.graphs import EAGER_STEPS, TrainingGraphs, graphs_apply
@@ -187,5 +186,4 @@ def test_a_job_trains_with_them(
     result = jobs.train(spec)
     assert result["steps"] == 15
     assert captured[0], "nothing was captured"
-    assert all(isinstance(graph, nn.Module) for graph in captured[0].values())
     assert "without CUDA graphs" not in caplog.text
