@@ -8,28 +8,31 @@ of the difference by its norm, or by a hundredth of all gradients' where its own
 A row has the worst parameter's, with its name, and that of all together. `--checkpointing` saves memory on a small
 machine.
 
-What exactness costs on a GPU: `--kernels-up-to 64,1000000` has rows for kernels up to each of these lengths (the
-library's own is KERNELS_EXACT_MAX_LENGTH; beyond it PyTorch transforms, in fp64), and `--tokens 32768` times a forward
-and backward pass of so many, not compiled, with padding left out and without a mask, all in turns.
+What it costs on a GPU: `--tokens 32768` times a forward and backward pass of so many, not compiled, with padding left
+out and without a mask, in turns; `--fp32-blocks 1024,2048` has rows for each of these as the largest block of the
+kernels' transforms (the library's own is LARGEST_FP32_BLOCK).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import gpu_common as common
 import torch
 from machine import device_name, write_figures
 from torch import Tensor
 
+from monarch_mixer import filters
+from monarch_mixer.kernels.support import LARGEST_FP32_BLOCK
+
 LENGTHS = [128, 512, 2048, 8192]
 MODELS = ["m2-base", "bert-base", "hf-bert-base"]
-LINE = "{model:<14} {length:>6} {limit:>9} {output:>8.1e} {gradient:>8.1e} {all:>8.1e} {ms:>8} {ms_unmasked:>8}  {of}"
-CONVOLUTION = importlib.import_module("monarch_mixer.long_convolution")
+LINE = "{model:<14} {length:>6} {block:>6} {output:>8.1e} {gradient:>8.1e} {all:>8.1e} {ms:>8} {ms_unmasked:>8}  {of}"
 SECONDS = 2.0  # of timing, a way
 
 
@@ -45,29 +48,27 @@ def main() -> None:
     parser.add_argument("--lengths", type=common.integers, help="by commas (default: 128,512,2048,8192)")
     parser.add_argument("--models", type=common.names, default=MODELS, help="by commas (default: all three)")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
-    parser.add_argument(
-        "--kernels-up-to", type=common.integers, metavar="LENGTHS", help="by commas (default: as it is)"
-    )
+    parser.add_argument("--fp32-blocks", type=common.integers, metavar="TOKENS", help="by commas (default: as it is)")
     parser.add_argument("--tokens", type=int, help="time a pass of so many")
     args = parser.parse_args()
     device = common.use_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = False
-    limits = args.kernels_up_to or [CONVOLUTION.KERNELS_EXACT_MAX_LENGTH]
+    blocks = args.fp32_blocks or [LARGEST_FP32_BLOCK]
     rows: list[dict[str, Any]] = []
     names = {key: key.replace("_", " ") for key in ("model", "length", "output", "gradient", "all", "ms", "of")}
-    print(LINE.replace(".1e", "").format(**names, limit="kernels", ms_unmasked="unmasked"), flush=True)
+    print(LINE.replace(".1e", "").format(**names, block="block", ms_unmasked="unmasked"), flush=True)
     for length in args.lengths or ([16, 80] if args.small else LENGTHS):
         for name in args.models:
             model = build(name, length, device, small=args.small, checkpointing=args.checkpointing)
             made = []
-            for limit in limits if name.startswith("m2") else [None]:  # the others have no such kernels
-                with kernels_up_to(limit):
-                    made.append({"model": name, "length": length, "kernels_up_to": limit, **measure(model, length)})
+            for block in blocks if name.startswith("m2") else [None]:  # the others have no such kernels
+                with largest_block(block):
+                    made.append({"model": name, "length": length, "block": block, **measure(model, length)})
             if args.tokens:
                 time_passes(model, made, args.tokens, seconds=0.01 if args.small else SECONDS)
             for row in made:
                 times = {key: f"{row[key]:.2f}" if key in row else "" for key in ("ms", "ms_unmasked")}
-                print(LINE.format(**{**row, **times, "limit": row["kernels_up_to"] or ""}), flush=True)
+                print(LINE.format(**{**row, **times, "block": row["block"] or ""}), flush=True)
             rows += made
             del model
             common.free_memory()
@@ -76,22 +77,22 @@ def main() -> None:
     if args.plot:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
-            of_kernels = len(limits) > 1 and row["kernels_up_to"] is not None
-            name = row["model"] + (f", kernels up to {row['kernels_up_to']}" if of_kernels else "")
+            name = row["model"] + (f", blocks of {row['block']}" if len(blocks) > 1 and row["block"] else "")
             lines.setdefault(name, []).append((row["length"], row["gradient"]))
         title = f"worst gradient of a padded batch, fp32, {device_name()}"
         common.draw_lines(args.plot, lines, title=title, x_label="tokens a sequence", y_label="relative error")
 
 
 @contextlib.contextmanager
-def kernels_up_to(limit: int | None) -> Iterator[None]:
-    """Leave sequences of up to `limit` tokens to the kernels in exact fp32; None: as it is."""
-    before = CONVOLUTION.KERNELS_EXACT_MAX_LENGTH
-    CONVOLUTION.KERNELS_EXACT_MAX_LENGTH = before if limit is None else limit
-    try:
+def largest_block(tokens: int | None) -> Iterator[None]:
+    """Let the kernels' fp32 transforms have blocks of up to so many tokens; None: as it is."""
+    with contextlib.ExitStack() as stack:
+        if tokens is not None and importlib.util.find_spec("triton") is not None:
+            from monarch_mixer.kernels import monarch_fft_tables
+
+            stack.enter_context(mock.patch.object(filters, "LARGEST_FP32_BLOCK", tokens))
+            stack.enter_context(mock.patch.dict(monarch_fft_tables.MAX_BLOCK, {torch.float32: tokens}))
         yield
-    finally:
-        CONVOLUTION.KERNELS_EXACT_MAX_LENGTH = before
 
 
 def build(name: str, length: int, device: torch.device, *, small: bool, checkpointing: bool) -> Any:
@@ -132,20 +133,20 @@ def time_passes(model: Any, rows: list[dict[str, Any]], tokens: int, *, seconds:
     ids = common.random_ids(model.device, tokens, rows[0]["length"], model.config.vocab_size)
     mask = common.random_mask(ids)
 
-    def step(limit: int | None, attention_mask: Tensor | None) -> None:
+    def step(block: int | None, attention_mask: Tensor | None) -> None:
         model.zero_grad()
-        with kernels_up_to(limit):
+        with largest_block(block):
             model(input_ids=ids, attention_mask=attention_mask)[0].square().sum().backward()
 
     ways = {
-        (row["kernels_up_to"], key): functools.partial(step, row["kernels_up_to"], given)
+        (row["block"], key): functools.partial(step, row["block"], given)
         for row in rows
         for key, given in (("ms", mask), ("ms_unmasked", None))
     }
     times = common.alternate(ways, seconds, model.device)
     for row in rows:
         for key in ("ms", "ms_unmasked"):
-            time = times[row["kernels_up_to"], key]
+            time = times[row["block"], key]
             row[key if isinstance(time, dict) else f"{key}_error"] = time["ms"] if isinstance(time, dict) else time
 
 

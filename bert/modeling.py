@@ -18,7 +18,7 @@ from bert.attention import SelfAttention
 from bert.configuration import M2BertConfig
 from bert.masked_lm import MaskedLMRowsOutput, masked_lm_output
 from monarch_mixer import BlockDiagonalLinear, DimensionMixer, ImplicitFilter, MonarchSequenceMixer
-from monarch_mixer.filters import evaluation_dtype, two_sided_taps
+from monarch_mixer.filters import taps_for_training
 from monarch_mixer.kernels.support import compute_dtype, kernels_apply
 from monarch_mixer.normalization import layer_norm
 
@@ -158,13 +158,13 @@ class Encoder(nn.Module):
         if (
             not mixers
             or not torch.is_grad_enabled()
-            or not kernels_apply(hidden, compute_dtype(hidden), mixers[0].kernels_lack(hidden))
+            or not kernels_apply(hidden, compute_dtype(hidden), mixers[0].kernels_lack())
         ):
             return None
         first = mixers[0]
         filters = [implicit_filter.tensors() for mixer in mixers for implicit_filter in mixer.filters()]
-        dtype = evaluation_dtype(compute_dtype(hidden), hidden.device)
-        taps = two_sided_taps(filters, hidden.shape[1], first.filter.frequency_scale, dtype).unbind()
+        scale = first.filter.frequency_scale
+        taps = taps_for_training(filters, hidden.shape[1], scale, compute_dtype(hidden)).unbind()
         each = len(first.filters())
         return [taps[start : start + each] for start in range(0, len(taps), each)]
 

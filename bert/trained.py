@@ -76,7 +76,10 @@ class TrainedModel:
         try:
             dataset = OmegaConf.create(self.record["recipe"]).train_loader.dataset
             streams = (dataset, *(dataset.get("streams") or {}).values())
-            return [Path(str(s.get("local") or dataset.get("local")), str(s.get("split") or "")) for s in streams]
+            return [
+                Path(str(s.get("local") or dataset.get("local")), str(s.get("split") or dataset.get("split") or ""))
+                for s in streams
+            ]
         except (KeyError, TypeError, AttributeError, ValueError, OmegaConfBaseException, YAMLError):
             return []
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monarch_mixer.kernels.support import exact_in_fp32
+from monarch_mixer.kernels.support import LARGEST_FP32_BLOCK, exact_in_fp32
 
 # The decay rates span these: the fastest channel falls to TARGET at 0.3 of the maximum length, the slowest at 1.5.
 DECAY_TARGET = 1e-2
@@ -230,6 +230,35 @@ def two_sided_taps(
         forward, *backward = (_stacked_taps(features, frequency, network, taps_dtype) * decay for network in networks)
         past = backward[0][..., : length - 1].flip(2) if backward else torch.zeros_like(forward[..., : length - 1])
         return torch.cat([past, forward], 2)
+
+
+def taps_for_training(
+    filters: Sequence[Sequence[Tensor]], length: int, frequency_scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Evaluate many filters of one shape together for the GPU's kernels, in training.
+
+    Where all is exact to fp32, sequences that take the largest block of the transforms get taps to the end of their
+    last block, as far as the filter goes: a text then has the same transforms, however long its batch is. The lags over
+    `length` meet no input and have no gradient.
+
+    Args:
+        filters: as `two_sided_taps` takes them.
+        length: positions of a sequence.
+        frequency_scale: constant factor on the frequency.
+        dtype: what the convolutions are computed in.
+
+    Returns:
+        (filters, channels, 2 * positions - 1), from the most negative lag up; at least `length` positions.
+    """
+    device, longest = filters[0][0].device, length
+    if exact_in_fp32(dtype, device) and length > LARGEST_FP32_BLOCK // 2:
+        longest = min(-(-length // LARGEST_FP32_BLOCK) * LARGEST_FP32_BLOCK, filters[0][0].shape[0])
+    taps = two_sided_taps(filters, longest, frequency_scale, evaluation_dtype(dtype, device))
+    if longest == length:
+        return taps
+    unmet = longest - length
+    near = taps[..., unmet : unmet + 2 * length - 1]
+    return torch.cat([taps[..., :unmet].detach(), near, taps[..., unmet + 2 * length - 1 :].detach()], -1)
 
 
 def _stacked_taps(features: Tensor, frequency: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

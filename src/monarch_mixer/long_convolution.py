@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monarch_mixer.kernels.support import NO_EXACT_GRADIENTS, compute_dtype, exact_in_fp32, kernels_apply
+from monarch_mixer.kernels.support import compute_dtype, exact_in_fp32, kernels_apply
 
 # On two AVX-512 cores the direct product took 2.0 ms and the FFT 3.0 at 8 x 128 x 768; at 4 x 256 x 768 both took 4.
 CPU_DIRECT_MAX_LENGTH = 256
-KERNELS_EXACT_MAX_LENGTH = 512  # see `kernels_round`
 
 
 def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
         ValueError: there are fewer taps than positions, or the channels differ.
     """
     _check(x, forward_taps, backward_taps, skip)
-    if kernels_apply(x, x.dtype, kernels_round(x, forward_taps, skip)):
+    if kernels_apply(x, x.dtype):
         return _kernel_convolution(x, forward_taps, backward_taps, skip)
     exact = exact_in_fp32(compute_dtype(x), x.device) and forward_taps.dtype == torch.float32
     with torch.autocast(x.device.type, enabled=False):
@@ -52,24 +51,6 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
         else:
             y = fft_convolution(inputs, forward_taps, backward_taps, skip, exact=exact)
     return y.to(x.dtype)
-
-
-def kernels_round(x: Tensor, *others: Tensor) -> str | None:
-    """Return why kernels would not do for the long convolutions of x (batch, length, channels), or None.
-
-    The kernels' transforms are fp32, and the more tokens the larger their rounding: beyond a length the gradients that
-    follow are not exact to fp32 (1e-5), where all else is. In M2-BERT-base on an H200 a padded batch's were off by up
-    to 1.2e-5 at 2,048 tokens and 1.4e-5 at 8,192; those of a batch with a longer text, which fp64 transforms, and
-    shorter ones in kernels by 4.0e-6 for kernels up to 256 tokens, 6.2e-6 up to 512 and 1.7e-5 up to 1,024
-    (docs/padding.md, which says what was measured how).
-
-    Args:
-        x: the input.
-        others: what gradients may be wanted of besides.
-    """
-    long = x.shape[1] > KERNELS_EXACT_MAX_LENGTH
-    exact = long and exact_in_fp32(compute_dtype(x), x.device) and _gradients_wanted(x, *others)
-    return NO_EXACT_GRADIENTS if exact else None
 
 
 def _kernel_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | None, skip: Tensor) -> Tensor:

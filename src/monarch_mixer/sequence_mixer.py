@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monarch_mixer import cpu
-from monarch_mixer.filters import ImplicitFilter, evaluation_dtype, two_sided_taps
+from monarch_mixer.filters import ImplicitFilter, evaluation_dtype, taps_for_training
 from monarch_mixer.kernels.support import NO_CENTERED_SHORT_CONVOLUTION, compute_dtype, kernels_apply
-from monarch_mixer.long_convolution import kernels_round, long_convolution, short_convolution
+from monarch_mixer.long_convolution import long_convolution, short_convolution
 from monarch_mixer.normalization import layer_norm
 
 SHORT_CONVOLUTION_TAPS = 3
@@ -151,9 +151,9 @@ class MonarchSequenceMixer(nn.Module):
         """Return the gated convolution's filter and, where there is one, the residual one's."""
         return [self.filter] if self.residual_filter is None else [self.filter, self.residual_filter]
 
-    def kernels_lack(self, x: Tensor) -> str | None:
-        """Return why the GPU's kernels would not do for x (batch, length, channels), or None."""
-        return NO_CENTERED_SHORT_CONVOLUTION if self.ahead else kernels_round(x, *self.parameters())
+    def kernels_lack(self) -> str | None:
+        """Return why the GPU's kernels would not do, or None."""
+        return NO_CENTERED_SHORT_CONVOLUTION if self.ahead else None
 
     def forward(
         self,
@@ -166,7 +166,7 @@ class MonarchSequenceMixer(nn.Module):
 
         Args:
             x: the input; on a GPU channels-first memory (`x.permute(2, 0, 1)` contiguous) saves a copy.
-            taps: what `two_sided_taps` gives for `filters()`, where it was evaluated with other layers' already;
+            taps: what `taps_for_training` gives for `filters()`, where it was evaluated with other layers' already;
                 used by the GPU's kernels only.
             cache_filters: whether evaluation may keep the filters' taps until a weight changes; not where weights
                 change unseen, as sharded ones do.
@@ -176,7 +176,7 @@ class MonarchSequenceMixer(nn.Module):
         Raises:
             ValueError: the length is over the maximum length.
         """
-        if kernels_apply(x, compute_dtype(x), self.kernels_lack(x)):
+        if kernels_apply(x, compute_dtype(x), self.kernels_lack()):
             return self._forward_kernels(x, compute_dtype(x), taps, cache_filters, lengths)
         length, filter_dtype = x.shape[1], evaluation_dtype(compute_dtype(x), x.device)
         if self.norm is not None:
@@ -227,7 +227,7 @@ class MonarchSequenceMixer(nn.Module):
         else:
             if taps is None:
                 filters = [f.tensors() for f in self.filters()]
-                taps = two_sided_taps(filters, length, scale, evaluation_dtype(dtype, x.device)).unbind()
+                taps = taps_for_training(filters, length, scale, dtype).unbind()
             operands = [operand(filter_taps, dtype) for filter_taps in taps]
             gated_filter, *residual_filter = zip(operands, skips, strict=True)
             y = mix(projected, parameters, gated_filter, u, residual_filter[0] if residual_filter else None, lengths)

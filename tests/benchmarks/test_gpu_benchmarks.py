@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from monarch_mixer.kernels import monarch_fft_tables
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 RATES = {"train_mask_rate": 0.3, "eval_mask_rate": 0.15}
@@ -301,14 +303,12 @@ def test_padding_exactness(run: Run) -> None:
         assert "." in row["of"]
 
 
-def test_padding_exactness_with_and_without_the_kernels_for_longer_ones(run: Run) -> None:
-    options = ("--lengths", "16", "--kernels-up-to", "8,16", "--tokens", "32")
+def test_padding_exactness_by_the_blocks_of_the_transforms(run: Run) -> None:
+    before = monarch_fft_tables.MAX_BLOCK[torch.float32]
+    options = ("--lengths", "16", "--fp32-blocks", "512,1024", "--tokens", "32")
     rows = run("padding_exactness", "--models", "m2-base,bert-base", *options)["rows"]
-    assert [(row["model"], row["kernels_up_to"]) for row in rows] == [
-        ("m2-base", 8),
-        ("m2-base", 16),
-        ("bert-base", None),
-    ]
+    assert [(row["model"], row["block"]) for row in rows] == [("m2-base", 512), ("m2-base", 1024), ("bert-base", None)]
+    assert monarch_fft_tables.MAX_BLOCK[torch.float32] == before
     assert all(row["ms"] > 0 and row["ms_unmasked"] > 0 for row in rows)
 
 

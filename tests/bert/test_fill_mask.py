@@ -10,7 +10,7 @@ from bert import fill_mask, load
 from bert.composer_models import build_masked_lm
 from bert.data.tokenizer import fingerprint, train_wordpiece
 from bert.errors import CheckpointError, DataError
-from bert.trained import LATEST_NAME, load_trained
+from bert.trained import LATEST_NAME, TrainedModel, load_trained
 
 SENTENCES = Path(__file__).parents[2] / "yamls" / "studies" / "sentences.txt"
 TEXTS = ["the cat sat on the mat", "a dog ran to the cat", "the mat is on the floor"] * 20
@@ -53,6 +53,17 @@ def test_a_checkpoint_or_its_folder_gives_the_model_back(checkpoint):
         assert not loaded.training
         for name, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_the_tokenizer_is_beside_the_first_stream_that_has_one(tokenizer, tmp_path):
+    """A stream without a split of its own has the dataset's."""
+    tokenizer.save_pretrained(tmp_path / "long" / "train" / "tokenizer")
+    streams = f"{{short: {{local: {tmp_path / 'short'}, split: null}}, long: {{local: {tmp_path / 'long'}}}}}"
+    recipe = f"train_loader: {{dataset: {{local: null, split: train, streams: {streams}}}}}"
+    record = {"recipe": recipe, "tokenizer_name": "gone", "tokenizer_fingerprint": fingerprint(tokenizer)}
+    model = TrainedModel(model=None, record=record, file=tmp_path / "runs" / LATEST_NAME)
+    assert model.tokenizer_folder() == str(tmp_path / "long" / "train" / "tokenizer")
+    assert fingerprint(model.tokenizer()) == fingerprint(tokenizer)
 
 
 def test_predictions_are_the_likeliest_words_at_each_mask(checkpoint):

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from monarch_mixer import ImplicitFilter, MonarchSequenceMixer, reference, sequence_mixer
-from monarch_mixer.filters import evaluation_dtype
+from monarch_mixer import ImplicitFilter, MonarchSequenceMixer, filters, reference, sequence_mixer
+from monarch_mixer.filters import evaluation_dtype, taps_for_training, two_sided_taps
 from monarch_mixer.kernels import support
 from tests.monarch_mixer.kernels.support import relative_error
 
@@ -74,6 +74,28 @@ def test_positions_stay_distinct_when_the_model_runs_in_bf16():
     implicit = ImplicitFilter(4, 8192, order=8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert implicit(8192)[0].unique(dim=0).shape[0] == 8192
+
+
+@pytest.mark.parametrize(("length", "positions"), [(512, 512), (513, 1024), (1024, 1024), (1025, 1500), (1500, 1500)])
+def test_exact_long_sequences_get_taps_to_the_end_of_their_last_block(length, positions):
+    implicit = ImplicitFilter(3, 1500, order=8)
+    taps = taps_for_training([implicit.tensors()], length, 1.0, torch.float32)
+    assert taps.shape == (1, 3, 2 * positions - 1)
+    expected = two_sided_taps([implicit.tensors()], length, 1.0, torch.float64)
+    unmet = positions - length
+    torch.testing.assert_close(taps[..., unmet : unmet + 2 * length - 1], expected, rtol=1e-6, atol=1e-7)
+    if unmet:
+        assert taps[..., :unmet].any() and taps[..., -unmet:].any()
+    taps.square().sum().backward()
+    assert implicit.position_features.grad[:length].any(1).all()
+    assert not implicit.position_features.grad[length:].any()
+
+
+def test_other_taps_are_for_the_sequence_alone(monkeypatch):
+    implicit = ImplicitFilter(3, 1500, order=8)
+    assert taps_for_training([implicit.tensors()], 700, 1.0, torch.bfloat16).shape == (1, 3, 1399)
+    monkeypatch.setattr(filters, "exact_in_fp32", lambda dtype, device: False)  # as where fp32 products may be tf32
+    assert taps_for_training([implicit.tensors()], 700, 1.0, torch.float32).shape == (1, 3, 1399)
 
 
 def test_cached_taps_follow_every_change_of_the_weights():

@@ -5,13 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from monarch_mixer import long_convolution, reference, short_convolution
-from monarch_mixer.kernels.support import NO_EXACT_GRADIENTS
 from monarch_mixer.long_convolution import (
-    KERNELS_EXACT_MAX_LENGTH,
     _next_smooth_size,
     direct_convolution,
     fft_convolution,
-    kernels_round,
 )
 from tests.conftest import FIXTURES
 
@@ -70,20 +67,6 @@ def test_a_compiled_exact_forward_pass():
         errors = [((a - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True)]
         assert errors[0] < 1e-7
         assert max(errors) < 2e-6
-
-
-def test_kernels_would_round_long_gradients_that_are_to_be_exact():
-    x = torch.zeros(1, KERNELS_EXACT_MAX_LENGTH + 1, 2)
-    assert kernels_round(x) is None
-    assert kernels_round(x, torch.zeros(2, requires_grad=True)) == NO_EXACT_GRADIENTS
-    x.requires_grad_()
-    assert kernels_round(x) == NO_EXACT_GRADIENTS
-    assert kernels_round(x[:, 1:]) is None
-    assert kernels_round(x.bfloat16()) is None
-    with torch.no_grad():
-        assert kernels_round(x) is None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert kernels_round(x) is None
 
 
 def test_the_forward_pass_is_exact_where_all_else_is_and_gradients_are_wanted():

@@ -35,8 +35,7 @@ SHAPES = {
     4096: Shape(64, 64, 1, 4, False),
     8192: Shape(128, 64, 1, 8, False),
 }
-# In fp32 the tiles of larger ones do not fit.
-MAX_BLOCK = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 8192}
+MAX_BLOCK = {torch.float32: support.LARGEST_FP32_BLOCK, torch.bfloat16: 8192, torch.float16: 8192}
 
 
 def block_for(length: int, dtype: torch.dtype) -> int:

@@ -172,6 +172,45 @@ def test_what_padding_holds_changes_no_bit(device, dtype, length):
     assert not (expected[1] * ~real).any() and not (expected[5] * ~real).any()
 
 
+def test_exact_to_fp32_a_long_text_has_the_same_bits_whatever_the_batch_is_padded_to(device, monkeypatch):
+    """Outputs, and gradients of the inputs; those of the taps are sums over the batch. Blocks are small to be fast."""
+    from monarch_mixer import filters
+    from monarch_mixer.kernels import monarch_fft_tables
+    from monarch_mixer.kernels.sequence_mixer import mix, operand
+
+    monkeypatch.setattr(filters, "LARGEST_FP32_BLOCK", 256)
+    monkeypatch.setitem(monarch_fft_tables.MAX_BLOCK, torch.float32, 256)
+    channels, longest = 2, 900
+    torch.manual_seed(3)
+    implicit = [filters.ImplicitFilter(channels, longest, order=8, sine_frequency=1.0).to(device) for _ in range(2)]
+    given = [f.tensors() for f in implicit]
+    projected, x, grad = (torch.randn(k * channels, 2, longest).to(device) for k in (3, 1, 1))
+    parameters, skips = torch.randn(3 * channels, 5).to(device), torch.randn(2, channels).to(device)
+    lengths = torch.tensor([300, 611], dtype=torch.int32, device=device)
+
+    def run(rows, width, real):
+        inputs = [t[:, rows, :width].contiguous().requires_grad_() for t in (projected, x)]
+        taps = filters.taps_for_training(given, width, 1.0, torch.float32)
+        gated, residual = ((operand(t, torch.float32), skip) for t, skip in zip(taps, skips, strict=True))
+        out = mix(inputs[0], parameters, gated, inputs[1], residual, real)
+        mask = torch.arange(width, device=device) < (width if real is None else real[:, None])
+        own = [p for f in implicit for p in f.parameters() if p is not f.skip]
+        got = torch.autograd.grad(out, [*inputs, *own], grad[:, rows, :width] * mask)
+        return [out.detach(), *got[:2]], got[2:]
+
+    batch, of_filters = run([0, 1], 700, lengths)
+    alone = [run([row], length, None) for row, length in enumerate(lengths.tolist())]
+    for row, (tensors, _) in enumerate(alone):
+        for padded, expected in zip(batch, tensors, strict=True):
+            length = expected.shape[2]
+            found = padded[:, row : row + 1, :length]
+            # A GPU's library may multiply more positions' taps in another order.
+            assert torch.equal(found, expected) if device == "cpu" else relative_error(found, expected) < 5e-7
+    assert not batch[1][:, 0, 300:].any() and not batch[2][:, 0, 300:].any()
+    for found, *parts in zip(of_filters, *(gradients for _, gradients in alone), strict=True):
+        assert relative_error(found, sum(parts)) < 2e-6
+
+
 @pytest.mark.parametrize("channels", [32, 48, 96, 768, 960, 1536, 1792])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.gpu
