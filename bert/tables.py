@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,19 +200,22 @@ def _measured(run: Mapping[str, Any] | None, value: float | None, factor: float)
 
 
 def _glue_runs(results: Path) -> dict[str, dict[str, Any]]:
-    """The sweeps' results by run_name."""
-    runs: dict[str, dict[str, Any]] = {}
+    """The sweeps' results by run_name; those of a study by what was fine-tuned: one recipe does that for all of it."""
+    found: dict[Path, dict[str, Any]] = {}
     for path in sorted([*results.glob("glue*.json"), *results.glob("*/*.json")]):
         content = read_json(path)
         if isinstance(content, dict) and content.get("kind") == "glue":
-            study = content.get("study")
-            # By what was fine-tuned: one recipe does that for all of a study.
-            name = content["run_name"]
-            if study is not None:
-                name = f"{study['start'] or study['recipe']}{IN_STUDY}{study['name']}"
-            if name in runs:
-                raise DataError(f"{path}: another file here has the run_name '{name}' too: rename or remove one")
-            runs[name] = content
+            found[path] = content
+    started = Counter((study["name"], study["start"]) for run in found.values() if (study := run.get("study")))
+    runs: dict[str, dict[str, Any]] = {}
+    for path, content in found.items():
+        name, study = content["run_name"], content.get("study")
+        if study is not None:
+            which = f" ({study['run']})" if started[study["name"], study["start"]] > 1 else ""
+            name = f"{study['start'] or study['recipe']}{which}{IN_STUDY}{study['name']}"
+        if name in runs:
+            raise DataError(f"{path}: another file here has the run_name '{name}' too: rename or remove one")
+        runs[name] = content
     return runs
 
 

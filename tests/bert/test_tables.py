@@ -97,6 +97,12 @@ def test_glue_takes_results_in_the_convention_of_the_published_figure(tmp_path: 
     assert found.cells()[2].startswith("79.90") and found.cells()[3].startswith("80.10")
     for name in ("my-pretraining", "any-run"):
         assert any(own.row.startswith(f"{name} in study wikipedia") and own.ours is not None for own in table.lines)
+    study = {"name": "wikipedia", "recipe": "any-run", "start": "m2-base"}
+    for sweep in ("m2-base-glue", "m2-base-glue-mean"):  # two ways of fine-tuning one model
+        (tmp_path / "a_study" / f"{sweep}.json").write_text(json.dumps({**run, "study": {**study, "run": sweep}}))
+    table = tables.glue(tmp_path)
+    for sweep in ("m2-base-glue", "m2-base-glue-mean"):
+        assert line(table, f"m2-base ({sweep}) in study wikipedia", "average").cells()[3].startswith("80.10")
     (tmp_path / "glue_twice.json").write_text(json.dumps(own))
     with pytest.raises(DataError, match=r"glue_twice\.json: another file here has the run_name 'my-model' too"):
         tables.glue(tmp_path)
