@@ -21,6 +21,7 @@ from bert.recipe.builders import active
 log = logging.getLogger(__name__)
 
 EAGER_STEPS = 2  # of a shape before it is captured: one that comes so seldom is not worth it (an epoch's last batch)
+MEMORY_MARGIN = 2  # times the gradients that a shape keeps, to be free for it
 HARMLESS_ALGORITHMS = {"gradient_clipping"}  # others may replace weights, which a captured graph would not see
 
 Pass = Callable[..., Tensor]  # the model's inputs to its logits
@@ -48,11 +49,17 @@ class TrainingGraphs:
     Args:
         model: what is captured; its weights must stay where they are in memory.
         names: of the inputs that it is given.
-        capture: how; tests without a GPU have their own.
+        capture: how, or None where the memory is short; tests without a GPU have their own.
+
+    Raises:
+        RuntimeError: a capture failed.
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], capture: Callable[[Pass, tuple[Tensor, ...]], Pass] | None = None
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        capture: Callable[[Pass, tuple[Tensor, ...]], Pass | None] | None = None,
     ) -> None:
         self._pass = _Pass(model, names)
         self._names = list(names)
@@ -73,11 +80,16 @@ class TrainingGraphs:
 
     def _add(self, shape: tuple[torch.Size, ...], inputs: tuple[Tensor, ...]) -> None:
         try:
-            self._graphs[shape] = self._capture(self._pass, inputs)
-        except RuntimeError as error:  # CUDA's own errors, and too little memory
-            self._refused = True
+            graph = self._capture(self._pass, inputs)
+        except RuntimeError as error:
+            # No falling back: PyTorch's generator may be left as if a capture went on, and dropout would fail.
             reason = str(error).splitlines()[0]
-            log.warning("further shapes are trained without CUDA graphs, which is slower: %s", reason)
+            raise RuntimeError(f"a training step could not be captured, set cuda_graphs=false: {reason}") from error
+        if graph is None:
+            self._refused = True
+            log.warning("further shapes are trained without CUDA graphs, which is slower: the GPU's memory is short")
+        else:
+            self._graphs[shape] = graph
 
 
 class _Pass:
@@ -103,7 +115,9 @@ class _Capture:
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
 
-    def __call__(self, run: Any, inputs: tuple[Tensor, ...]) -> Pass:
+    def __call__(self, run: Any, inputs: tuple[Tensor, ...]) -> Pass | None:
+        if not _fits(run.model):
+            return None
         places = tuple(tensor.clone() for tensor in inputs)
         weights = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
         leaves = {name: parameter.detach().requires_grad_() for name, parameter in weights.items()}
@@ -127,9 +141,16 @@ class _Capture:
         return _replayed(forward, backward, places, outputs.detach(), grad, gradients, tuple(weights.values()))
 
 
+def _fits(model: nn.Module) -> bool:
+    """Say whether one more shape's gradients fit into the GPU's memory; activations take what eager steps had."""
+    free, _ = torch.cuda.mem_get_info()
+    wanted = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return free > MEMORY_MARGIN * wanted
+
+
 def _replayed(
-    forward: torch.cuda.CUDAGraph,
-    backward: torch.cuda.CUDAGraph,
+    forward_graph: torch.cuda.CUDAGraph,
+    backward_graph: torch.cuda.CUDAGraph,
     places: tuple[Tensor, ...],
     outputs: Tensor,
     grad: Tensor,
@@ -139,8 +160,8 @@ def _replayed(
     """Return the function that replays two graphs, the second one in the backward pass.
 
     Args:
-        forward: from `places` to `outputs`.
-        backward: from `grad`, that of the outputs, to `gradients`.
+        forward_graph: from `places` to `outputs`.
+        backward_graph: from `grad`, that of the outputs, to `gradients`.
         places: of the inputs.
         outputs: where replays leave them.
         grad: in the outputs' shape.
@@ -153,14 +174,14 @@ def _replayed(
         def forward(ctx: Any, *given: Tensor) -> Tensor:
             for place, tensor in zip(places, given[: len(places)], strict=True):
                 place.copy_(tensor)
-            forward.replay()
+            forward_graph.replay()
             return outputs.detach()
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
             grad.copy_(given)
-            backward.replay()
+            backward_graph.replay()
             # New tensors on the same memory, which autograd takes for `.grad` without a copy.
             return (None,) * len(places) + tuple(None if each is None else each.detach() for each in gradients)
 

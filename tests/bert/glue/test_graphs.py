@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bert.glue import job as jobs
-from bert.glue.graphs import EAGER_STEPS, TrainingGraphs, graphs_apply
+from bert.glue.graphs import EAGER_STEPS, TrainingGraphs, _replayed, graphs_apply
 from bert.glue.model import SequenceClassifier, build_classifier
 from bert.glue.schema import Settings
 from tests.bert.glue.conftest import MODEL, Recipe
@@ -50,14 +51,14 @@ def batch_of(length: int, rows: int = 4, seed: int = 0) -> dict[str, torch.Tenso
 class Recorder:
     """Stands for the capture of a graph: says what was captured, and how often each is replayed."""
 
-    def __init__(self, fails_at: int | None = None) -> None:
+    def __init__(self, full_at: int | None = None) -> None:
         self.captured: list[tuple[int, ...]] = []
         self.replayed: list[int] = []
-        self.fails_at = fails_at
+        self.full_at = full_at
 
     def __call__(self, run: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
-        if len(self.captured) == self.fails_at:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nMore about it")
+        if len(self.captured) == self.full_at:
+            return None
         self.captured.append(tuple(inputs[0].shape))
 
         def replay(*inputs: torch.Tensor) -> torch.Tensor:
@@ -88,16 +89,67 @@ def test_evaluation_is_never_a_replay() -> None:
     assert recorder.captured == []
 
 
-def test_what_cannot_be_captured_is_trained_without(caplog: pytest.LogCaptureFixture) -> None:
-    model, recorder = classifier(), Recorder(fails_at=1)
+def test_what_does_not_fit_is_trained_without(caplog: pytest.LogCaptureFixture) -> None:
+    model, recorder = classifier(), Recorder(full_at=1)
     model.training_pass = TrainingGraphs(model.model, model.inputs, recorder)
     with caplog.at_level(logging.WARNING):
         for length in (8, 8, 8, 12, 12, 12, 12, 16, 16, 16, 8):
             assert model(batch_of(length)).shape == (4, 3)
     assert (recorder.captured, recorder.replayed) == ([(4, 8)], [8, 8])
     assert [record.message for record in caplog.records] == [
-        "further shapes are trained without CUDA graphs, which is slower: CUDA out of memory."
+        "further shapes are trained without CUDA graphs, which is slower: the GPU's memory is short"
     ]
+
+
+def test_a_replay_has_the_gradients_of_what_was_captured() -> None:
+    """With functions in the place of CUDA's graphs: they read and write the same memory each time."""
+
+    def capture(run: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
+        places = tuple(tensor.clone() for tensor in inputs)
+        weights = dict(run.model.named_parameters())
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        outputs = run(*places, weights=leaves)
+        grad, static = torch.zeros_like(outputs), outputs.detach().clone()
+        gradients = tuple(torch.zeros_like(weight) for weight in weights.values())
+
+        def forward() -> None:
+            static.copy_(run(*places, weights=leaves).detach())
+
+        @torch.enable_grad()
+        def backward() -> None:
+            found = torch.autograd.grad(run(*places, weights=leaves), [*leaves.values()], grad)
+            for place, gradient in zip(gradients, found, strict=True):
+                place.copy_(gradient)
+
+        first: Any = SimpleNamespace(replay=forward)
+        second: Any = SimpleNamespace(replay=backward)
+        return _replayed(first, second, places, static, grad, gradients, tuple(weights.values()))
+
+    model, plain = classifier(), classifier()
+    model.training_pass = graphs = TrainingGraphs(model.model, model.inputs, capture)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, plain)]
+    for step in range(EAGER_STEPS + 4):
+        batch = batch_of(8, seed=step)
+        for each, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            each.loss(each(batch), batch).backward()
+            optimizer.step()
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+            torch.testing.assert_close(ours, theirs, msg=name)
+    assert len(graphs._graphs) == 1
+
+
+def test_a_failed_capture_says_what_to_do() -> None:
+    def fails(run: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore about it")
+
+    model = classifier()
+    model.training_pass = TrainingGraphs(model.model, model.inputs, fails)
+    for _ in range(EAGER_STEPS):
+        model(batch_of(8))
+    with pytest.raises(RuntimeError, match=r"could not be captured, set cuda_graphs=false: CUDA out of memory\.$"):
+        model(batch_of(8))
 
 
 @pytest.mark.parametrize(
