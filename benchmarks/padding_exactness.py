@@ -9,30 +9,28 @@ A row has the worst parameter's, with its name, and that of all together. `--che
 machine.
 
 What it costs on a GPU: `--tokens 32768` times a forward and backward pass of so many, not compiled, with padding left
-out and without a mask, in turns; `--fp32-blocks 1024,2048` has rows for each of these as the largest block of the
-kernels' transforms (the library's own is LARGEST_FP32_BLOCK).
+out and without a mask, in turns; `--blocks 1024,2048` has rows for each of these as the largest block of the kernels'
+exact transforms (the library's own is LARGEST_EXACT_BLOCK).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import gpu_common as common
 import torch
 from machine import device_name, write_figures
 from torch import Tensor
 
-from monarch_mixer import filters
-from monarch_mixer.kernels.support import LARGEST_FP32_BLOCK
+from monarch_mixer.kernels import support
 
 LENGTHS = [128, 512, 2048, 8192]
 MODELS = ["m2-base", "bert-base", "hf-bert-base"]
 LINE = "{model:<14} {length:>6} {block:>6} {output:>8.1e} {gradient:>8.1e} {all:>8.1e} {ms:>8} {ms_unmasked:>8}  {of}"
+BLOCKS = (256, 512, 1024, 2048)  # what fits in fp32
 SECONDS = 2.0  # of timing, a way
 
 
@@ -48,12 +46,14 @@ def main() -> None:
     parser.add_argument("--lengths", type=common.integers, help="by commas (default: 128,512,2048,8192)")
     parser.add_argument("--models", type=common.names, default=MODELS, help="by commas (default: all three)")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
-    parser.add_argument("--fp32-blocks", type=common.integers, metavar="TOKENS", help="by commas (default: as it is)")
+    parser.add_argument("--blocks", type=common.integers, metavar="TOKENS", help="by commas (default: as it is)")
     parser.add_argument("--tokens", type=int, help="time a pass of so many")
     args = parser.parse_args()
     device = common.use_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = False
-    blocks = args.fp32_blocks or [LARGEST_FP32_BLOCK]
+    blocks = args.blocks or [support.LARGEST_EXACT_BLOCK]
+    if unknown := {*blocks} - {*BLOCKS}:
+        parser.error(f"--blocks: {min(unknown)} is none of {', '.join(map(str, BLOCKS))}")
     rows: list[dict[str, Any]] = []
     names = {key: key.replace("_", " ") for key in ("model", "length", "output", "gradient", "all", "ms", "of")}
     print(LINE.replace(".1e", "").format(**names, block="block", ms_unmasked="unmasked"), flush=True)
@@ -85,14 +85,13 @@ def main() -> None:
 
 @contextlib.contextmanager
 def largest_block(tokens: int | None) -> Iterator[None]:
-    """Let the kernels' fp32 transforms have blocks of up to so many tokens; None: as it is."""
-    with contextlib.ExitStack() as stack:
-        if tokens is not None and importlib.util.find_spec("triton") is not None:
-            from monarch_mixer.kernels import monarch_fft_tables
-
-            stack.enter_context(mock.patch.object(filters, "LARGEST_FP32_BLOCK", tokens))
-            stack.enter_context(mock.patch.dict(monarch_fft_tables.MAX_BLOCK, {torch.float32: tokens}))
+    """Let the kernels' exact transforms have blocks of up to so many tokens; None: as it is."""
+    before = support.LARGEST_EXACT_BLOCK
+    support.LARGEST_EXACT_BLOCK = before if tokens is None else tokens
+    try:
         yield
+    finally:
+        support.LARGEST_EXACT_BLOCK = before
 
 
 def build(name: str, length: int, device: torch.device, *, small: bool, checkpointing: bool) -> Any:

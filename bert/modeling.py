@@ -219,8 +219,8 @@ class M2BertPreTrainedModel(PreTrainedModel):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Compute layers again in the backward pass, as `torch.utils.checkpoint` does by these arguments.
 
-        Not the reentrant way unless they say so: its forward pass knows of no gradients, and would round otherwise than
-        one without checkpointing (`monarch_mixer.long_convolution`).
+        Not the reentrant way unless they say so: its forward pass knows of no gradients, and on a CPU would round
+        otherwise than one without checkpointing (`monarch_mixer.long_convolution`).
         """
         super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
 

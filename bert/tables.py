@@ -206,13 +206,15 @@ def _glue_runs(results: Path) -> dict[str, dict[str, Any]]:
         content = read_json(path)
         if isinstance(content, dict) and content.get("kind") == "glue":
             found[path] = content
-    started = Counter((study["name"], study["start"]) for run in found.values() if (study := run.get("study")))
+    studies = [run["study"] for run in found.values() if run.get("study")]
+    tuned = Counter((study["name"], study["start"] or study["recipe"]) for study in studies)
     runs: dict[str, dict[str, Any]] = {}
     for path, content in found.items():
         name, study = content["run_name"], content.get("study")
         if study is not None:
-            which = f" ({study['run']})" if started[study["name"], study["start"]] > 1 else ""
-            name = f"{study['start'] or study['recipe']}{which}{IN_STUDY}{study['name']}"
+            start = study["start"] or study["recipe"]
+            which = f" ({study['run']})" if tuned[study["name"], start] > 1 else ""
+            name = f"{start}{which}{IN_STUDY}{study['name']}"
         if name in runs:
             raise DataError(f"{path}: another file here has the run_name '{name}' too: rename or remove one")
         runs[name] = content

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -34,10 +34,9 @@ def graphs_apply(model: nn.Module, settings: Settings) -> bool:
     what the next replay overwrites.
     """
     whole = settings.microbatch_size is None or settings.microbatch_size >= settings.batch_size
-    plain = set(active(settings.algorithms)) <= HARMLESS_ALGORITHMS and "activation_monitor" not in active(
-        settings.callbacks
-    )
-    return isinstance(model, M2BertForSequenceClassification) and whole and plain and not settings.compile
+    plain = not settings.compile and set(active(settings.algorithms)) <= HARMLESS_ALGORITHMS
+    hooked = "activation_monitor" in active(settings.callbacks)  # what it hooks into would run in a capture alone
+    return isinstance(model, M2BertForSequenceClassification) and whole and plain and not hooked
 
 
 class TrainingGraphs:
@@ -59,7 +58,7 @@ class TrainingGraphs:
         self,
         model: nn.Module,
         names: Sequence[str],
-        capture: Callable[[Pass, tuple[Tensor, ...]], Pass | None] | None = None,
+        capture: Callable[[_Pass, tuple[Tensor, ...]], Pass | None] | None = None,
     ) -> None:
         self._pass = _Pass(model, names)
         self._names = list(names)
@@ -115,7 +114,7 @@ class _Capture:
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
 
-    def __call__(self, run: Any, inputs: tuple[Tensor, ...]) -> Pass | None:
+    def __call__(self, run: _Pass, inputs: tuple[Tensor, ...]) -> Pass | None:
         if not _fits(run.model):
             return None
         places = tuple(tensor.clone() for tensor in inputs)
@@ -137,8 +136,20 @@ class _Capture:
                 outputs = run(*places, weights=leaves)
             grad = torch.zeros_like(outputs)
             with torch.cuda.graph(backward, pool=self._pool):
-                gradients = torch.autograd.grad(outputs, [*leaves.values()], grad, allow_unused=True)
+                gradients = _distinct(torch.autograd.grad(outputs, [*leaves.values()], grad, allow_unused=True))
         return _replayed(forward, backward, places, outputs.detach(), grad, gradients, tuple(weights.values()))
+
+
+def _distinct(gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Copy those that are another's memory, as of weights that are added: what scales one must not scale both."""
+    seen: set[int] = set()
+    found: list[Tensor | None] = []
+    for gradient in gradients:
+        again = gradient is not None and gradient.data_ptr() in seen
+        found.append(gradient.clone() if again and gradient is not None else gradient)
+        if gradient is not None:
+            seen.add(gradient.data_ptr())
+    return tuple(found)
 
 
 def _fits(model: nn.Module) -> bool:

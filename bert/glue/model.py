@@ -72,7 +72,7 @@ class SequenceClassifier(ComposerModel):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the outputs (batch, labels): logits, or the prediction of a regression."""
-        if self.training_pass is not None and self.training:
+        if self.training_pass is not None and self.training and torch.is_grad_enabled():
             return self.training_pass(batch)
         return self.model(**{name: batch[name] for name in self.inputs}).logits
 

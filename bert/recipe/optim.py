@@ -93,7 +93,7 @@ def _checked_group(group: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW, in its fused kernels unless `foreach` or `differentiable` asks for others."""
+    """PyTorch's AdamW, in its fused kernels unless `foreach`, `differentiable` or `fused` says otherwise."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class AdamW(torch.optim.AdamW):
             foreach=foreach,
             capturable=capturable,
             differentiable=differentiable,
-            fused=not foreach and not differentiable if fused is None else fused,
+            fused=foreach is None and not differentiable if fused is None else fused,
         )
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monarch_mixer.kernels.support import LARGEST_FP32_BLOCK, exact_in_fp32
+from monarch_mixer.kernels import support
+from monarch_mixer.kernels.support import exact_in_fp32
 
 # The decay rates span these: the fastest channel falls to TARGET at 0.3 of the maximum length, the slowest at 1.5.
 DECAY_TARGET = 1e-2
@@ -251,8 +252,9 @@ def taps_for_training(
         (filters, channels, 2 * positions - 1), from the most negative lag up; at least `length` positions.
     """
     device, longest = filters[0][0].device, length
-    if exact_in_fp32(dtype, device) and length > LARGEST_FP32_BLOCK // 2:
-        longest = min(-(-length // LARGEST_FP32_BLOCK) * LARGEST_FP32_BLOCK, filters[0][0].shape[0])
+    block = support.LARGEST_EXACT_BLOCK
+    if exact_in_fp32(dtype, device) and length > block // 2:
+        longest = min(-(-length // block) * block, filters[0][0].shape[0])
     taps = two_sided_taps(filters, longest, frequency_scale, evaluation_dtype(dtype, device))
     if longest == length:
         return taps

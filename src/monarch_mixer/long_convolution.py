@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monarch_mixer.kernels.support import compute_dtype, exact_in_fp32, kernels_apply
+from monarch_mixer.kernels.support import LARGEST_EXACT_BLOCK, compute_dtype, exact_in_fp32, kernels_apply
 
 # On two AVX-512 cores the direct product took 2.0 ms and the FFT 3.0 at 8 x 128 x 768; at 4 x 256 x 768 both took 4.
 CPU_DIRECT_MAX_LENGTH = 256
@@ -41,9 +41,11 @@ def long_convolution(x: Tensor, forward_taps: Tensor, backward_taps: Tensor | No
         ValueError: there are fewer taps than positions, or the channels differ.
     """
     _check(x, forward_taps, backward_taps, skip)
-    if kernels_apply(x, x.dtype):
-        return _kernel_convolution(x, forward_taps, backward_taps, skip)
     exact = exact_in_fp32(compute_dtype(x), x.device) and forward_taps.dtype == torch.float32
+    # Alone, the kernels' transforms depend on the length; the mixer gives them taps to the end of the last block.
+    rounds = exact and x.shape[1] > LARGEST_EXACT_BLOCK // 2 and _gradients_wanted(x, forward_taps, skip)
+    if not rounds and kernels_apply(x, x.dtype):
+        return _kernel_convolution(x, forward_taps, backward_taps, skip)
     with torch.autocast(x.device.type, enabled=False):
         inputs = x.to(forward_taps.dtype)
         if _direct_is_faster(inputs):

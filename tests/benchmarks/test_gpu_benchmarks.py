@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from monarch_mixer.kernels import monarch_fft_tables
+from monarch_mixer.kernels import support
+from monarch_mixer.kernels.monarch_fft_tables import block_for
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -304,11 +305,16 @@ def test_padding_exactness(run: Run) -> None:
 
 
 def test_padding_exactness_by_the_blocks_of_the_transforms(run: Run) -> None:
-    before = monarch_fft_tables.MAX_BLOCK[torch.float32]
-    options = ("--lengths", "16", "--fp32-blocks", "512,1024", "--tokens", "32")
+    options = ("--lengths", "16", "--blocks", "512,2048", "--tokens", "32")
     rows = run("padding_exactness", "--models", "m2-base,bert-base", *options)["rows"]
-    assert [(row["model"], row["block"]) for row in rows] == [("m2-base", 512), ("m2-base", 1024), ("bert-base", None)]
-    assert monarch_fft_tables.MAX_BLOCK[torch.float32] == before
+    assert [(row["model"], row["block"]) for row in rows] == [("m2-base", 512), ("m2-base", 2048), ("bert-base", None)]
+    benchmark = importlib.import_module("padding_exactness")
+    for block in (256, 2048):
+        with benchmark.largest_block(block):
+            assert block_for(5000, torch.float32) == block
+    assert block_for(5000, torch.float32) == support.LARGEST_EXACT_BLOCK == 1024
+    with pytest.raises(SystemExit):
+        run("padding_exactness", "--blocks", "4096")
     assert all(row["ms"] > 0 and row["ms_unmasked"] > 0 for row in rows)
 
 

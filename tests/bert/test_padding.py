@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bert import modeling
 from bert.checkpoint import load_original
 from bert.composer_models import build_masked_lm
 from bert.modeling import real_lengths
@@ -147,6 +148,15 @@ def test_long_batches_on_a_gpu(length, dtype):
         )[0][:, :-7]
         alone = model.base_model(input_ids=rows[1][None])[0]
     assert error(padded, alone) < 1e-5
+
+
+def test_the_encoder_evaluates_filters_to_the_end_of_a_block(monkeypatch):
+    """Of all layers together, for the kernels, which run on a GPU alone."""
+    monkeypatch.setattr(modeling, "kernels_apply", lambda *arguments: True)
+    encoder = make("m2", max_position_embeddings=1500, long_conv_l_max=1500).base_model.encoder
+    for length, positions in ((512, 512), (700, 1024), (1200, 1500)):
+        taps = encoder._evaluate_filters(torch.zeros(1, length, encoder.layers[0].sequence_mixer.filter.channels))
+        assert {t.shape[-1] for of_layer in taps for t in of_layer} == {2 * positions - 1}
 
 
 def test_without_the_mask_padding_is_text():

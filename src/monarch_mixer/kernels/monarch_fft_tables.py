@@ -35,12 +35,15 @@ SHAPES = {
     4096: Shape(64, 64, 1, 4, False),
     8192: Shape(128, 64, 1, 8, False),
 }
-MAX_BLOCK = {torch.float32: support.LARGEST_FP32_BLOCK, torch.bfloat16: 8192, torch.float16: 8192}
+# In fp32 the tiles of larger ones do not fit.
+MAX_BLOCK = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 8192}
 
 
 def block_for(length: int, dtype: torch.dtype) -> int:
     """Return the block of a sequence: the smallest that holds it, or the largest there is."""
-    return min(MAX_BLOCK[dtype], max(min(SHAPES), triton.next_power_of_2(length)))
+    exact = dtype == torch.float32 and not support.tf32_allowed("cuda")
+    largest = support.LARGEST_EXACT_BLOCK if exact else MAX_BLOCK[dtype]
+    return min(largest, max(min(SHAPES), triton.next_power_of_2(length)))
 
 
 @functools.lru_cache(maxsize=64)

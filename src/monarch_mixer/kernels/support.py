@@ -23,9 +23,9 @@ MIN_CAPABILITY = (8, 0)
 # What `kernels_apply` is told, and the log says, of a sequence mixer that has none.
 NO_CENTERED_SHORT_CONVOLUTION = "the sequence mixer's know the causal short convolution alone, not a centered one"
 
-# Tokens of the largest block of fp32 transforms. Larger ones round more: a padded batch's gradients are to be those of
-# its texts alone up to 1e-5, and with 2,048 they were up to 1.4e-5 off on an H200.
-LARGEST_FP32_BLOCK = 1024
+# Tokens of the largest block of the transforms that are to be exact to fp32. Larger ones round more: a padded batch's
+# gradients are to be those of its texts alone up to 1e-5, and with 2,048 they were up to 1.4e-5 off on an H200.
+LARGEST_EXACT_BLOCK = 1024
 
 _state = {"enabled": True}
 _logged: set[str] = set()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bert.glue import job as jobs
-from bert.glue.graphs import EAGER_STEPS, TrainingGraphs, _replayed, graphs_apply
+from bert.glue.graphs import EAGER_STEPS, TrainingGraphs, _distinct, _replayed, graphs_apply
 from bert.glue.model import SequenceClassifier, build_classifier
 from bert.glue.schema import Settings
 from tests.bert.glue.conftest import MODEL, Recipe
@@ -83,10 +83,15 @@ def test_a_shape_is_captured_once_and_only_if_it_comes_again() -> None:
 def test_evaluation_is_never_a_replay() -> None:
     model, recorder = classifier(), Recorder()
     model.training_pass = TrainingGraphs(model.model, model.inputs, recorder)
+    for _ in range(EAGER_STEPS + 1):
+        model(batch_of(8))
+    assert recorder.replayed == [8]
+    with torch.no_grad():
+        model(batch_of(8))
     model.eval()
-    for _ in range(5):
+    for _ in range(3):
         model.eval_forward(batch_of(8))
-    assert recorder.captured == []
+    assert recorder.replayed == [8]
 
 
 def test_what_does_not_fit_is_trained_without(caplog: pytest.LogCaptureFixture) -> None:
@@ -138,6 +143,13 @@ def test_a_replay_has_the_gradients_of_what_was_captured() -> None:
             torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
             torch.testing.assert_close(ours, theirs, msg=name)
     assert len(graphs._graphs) == 1
+
+
+def test_gradients_that_are_one_tensor_become_several() -> None:
+    one, other = torch.ones(2), torch.zeros(2)
+    first, none, second, third = _distinct([one, None, other, one])
+    assert none is None and first is one and second is other
+    assert third is not None and third.data_ptr() != one.data_ptr() and torch.equal(third, one)
 
 
 def test_a_failed_capture_says_what_to_do() -> None:

@@ -298,6 +298,7 @@ def test_what_defines_a_job_is_its_key(recipe: Recipe, glue_data: Path, tmp_path
         "tasks.cola.task.tsv_names=[sentence,label,judgement,source]",
         "tasks.cola.task.tsv_headerless=[train]",
         "tasks.cola.task.train=validation",
+        "cuda_graphs=false",
     ):
         assert specification(path, override).key != key, override
     for override in ("num_slots=1", "folder=elsewhere", "loggers={jsonl: {}}", "retries=3", "python_log_level=debug"):

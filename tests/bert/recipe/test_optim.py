@@ -173,7 +173,10 @@ def test_the_fused_optimizer_is_composers(amsgrad: bool) -> None:
     check()
 
 
-@pytest.mark.parametrize(("arguments", "fused"), [({}, True), ({"foreach": True}, False), ({"fused": False}, False)])
+@pytest.mark.parametrize(
+    ("arguments", "fused"),
+    [({}, True), ({"foreach": True}, False), ({"foreach": False}, False), ({"fused": False}, False)],
+)
 def test_adamw_is_fused_unless_told_otherwise_and_pytorchs(arguments: dict, fused: bool) -> None:
     torch.manual_seed(0)
     ours, theirs = Toy(), Toy()

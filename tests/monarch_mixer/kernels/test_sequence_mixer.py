@@ -175,11 +175,10 @@ def test_what_padding_holds_changes_no_bit(device, dtype, length):
 def test_exact_to_fp32_a_long_text_has_the_same_bits_whatever_the_batch_is_padded_to(device, monkeypatch):
     """Outputs, and gradients of the inputs; those of the taps are sums over the batch. Blocks are small to be fast."""
     from monarch_mixer import filters
-    from monarch_mixer.kernels import monarch_fft_tables
+    from monarch_mixer.kernels import support
     from monarch_mixer.kernels.sequence_mixer import mix, operand
 
-    monkeypatch.setattr(filters, "LARGEST_FP32_BLOCK", 256)
-    monkeypatch.setitem(monarch_fft_tables.MAX_BLOCK, torch.float32, 256)
+    monkeypatch.setattr(support, "LARGEST_EXACT_BLOCK", 256)
     channels, longest = 2, 900
     torch.manual_seed(3)
     implicit = [filters.ImplicitFilter(channels, longest, order=8, sine_frequency=1.0).to(device) for _ in range(2)]
