@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import BertForSequenceClassification
 
 from bert.glue.schema import Settings
 from bert.modeling import M2BertForSequenceClassification
@@ -30,13 +31,14 @@ Pass = Callable[..., Tensor]  # the model's inputs to its logits
 def graphs_apply(model: nn.Module, settings: Settings) -> bool:
     """Say whether a model's training steps on a GPU can be captured.
 
-    Hugging Face's own models look at the mask on the host. With several microbatches a step gradients would be added to
-    what the next replay overwrites.
+    Other models of Hugging Face's may ask the device something on the way. With several microbatches a step gradients
+    would be added to what the next replay overwrites.
     """
     whole = settings.microbatch_size is None or settings.microbatch_size >= settings.batch_size
     plain = not settings.compile and set(active(settings.algorithms)) <= HARMLESS_ALGORITHMS
     hooked = "activation_monitor" in active(settings.callbacks)  # what it hooks into would run in a capture alone
-    return isinstance(model, M2BertForSequenceClassification) and whole and plain and not hooked
+    known = isinstance(model, M2BertForSequenceClassification | BertForSequenceClassification)
+    return known and whole and plain and not hooked
 
 
 class TrainingGraphs:
@@ -96,9 +98,14 @@ class _Pass:
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model, self.names = model, names
+        # Hugging Face's BERT looks on the host whether a mask of tokens has padding, and never into one of pairs.
+        self.mask_pairs = isinstance(model, BertForSequenceClassification)
 
     def __call__(self, *inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         named = dict(zip(self.names, inputs, strict=True))
+        if self.mask_pairs and "attention_mask" in named:
+            mask = named["attention_mask"]
+            named["attention_mask"] = mask[:, None, :].expand(-1, mask.shape[1], -1)
         outputs = self.model(**named) if weights is None else functional_call(self.model, dict(weights), (), named)
         logits: Tensor = outputs.logits
         return logits

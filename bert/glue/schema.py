@@ -88,7 +88,7 @@ class GlueConfig(Settings):
     threads: int | None = None  # CPU threads a job; null: OMP_NUM_THREADS or the cores, divided by the slots
     retries: int = 1  # further attempts after a crash; a mistake in the data and a diverged loss are not tried again
     kernels: bool = True  # Triton kernels where the GPU supports them; false: plain PyTorch, to compare
-    cuda_graphs: bool = True  # on a GPU: replay training steps of M2 and attention BERT; false: kernel by kernel
+    cuda_graphs: bool = True  # on a GPU: replay training steps of the BERTs here; false: kernel by kernel
     deterministic: bool = False  # deterministic kernels only: slower
 
     # --- what is written

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from bert.glue import job as jobs
 from bert.glue.graphs import EAGER_STEPS, TrainingGraphs, _distinct, _replayed, graphs_apply
@@ -19,6 +21,7 @@ from tests.bert.glue.conftest import MODEL, Recipe
 from tests.bert.glue.test_sweep import specification
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+MODELS = ("m2_bert", "attention_bert", "hf_bert")
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 SETTINGS = Settings(optimizer={"name": "adamw"}, scheduler={"name": "constant_with_warmup"})
 
@@ -180,12 +183,42 @@ def test_whose_steps_are_captured(changes: dict[str, Any], applies: bool) -> Non
     assert graphs_apply(classifier().model, dataclasses.replace(SETTINGS, **changes)) is applies
 
 
-def test_hugging_faces_models_are_not_captured() -> None:
-    assert graphs_apply(classifier("attention_bert").model, SETTINGS)
-    assert not graphs_apply(classifier("hf_bert").model, SETTINGS)
+def test_the_models_whose_steps_are_captured() -> None:
+    for name in ("attention_bert", "hf_bert"):
+        assert graphs_apply(classifier(name).model, SETTINGS)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    other = RobertaForSequenceClassification(RobertaConfig(vocab_size=20, **small))
+    assert not graphs_apply(other, SETTINGS)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_gpu) for name in ("m2_bert", "attention_bert")])
+class NoLooking(TorchDispatchMode):
+    """Refuses what on a GPU would wait for the device: a value of a tensor on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            raise AssertionError("a value of a tensor was asked for")
+        return func(*args, **(kwargs or {}))
+
+
+def test_hugging_faces_bert_runs_without_looking_at_its_mask() -> None:
+    model = classifier("hf_bert")
+    batch = batch_of(8)
+    inputs = {name: batch[name] for name in NAMES}
+    with pytest.raises(AssertionError, match="value of a tensor"), NoLooking():
+        model.model(**inputs)
+    model.training_pass = TrainingGraphs(model.model, model.inputs, Recorder())
+    with NoLooking():
+        logits = model(batch)
+    torch.testing.assert_close(logits, model.model(**inputs).logits)
+    logits.sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model.model(**inputs).logits.sum().backward()
+    for found, expected in zip(gradients, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_gpu) for name in MODELS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replays_compute_what_kernels_do(name: str, dtype: torch.dtype) -> None:
     model, plain = classifier(name).cuda(), classifier(name).cuda()
