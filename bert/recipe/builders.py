@@ -8,7 +8,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from composer.utils.parallelism import FSDP2Config, FSDPConfig, TPConfig
 from bert.errors import RecipeError, nearest
 from bert.recipe.callbacks import LoaderMonitor, LossCurve, LossSpike, NaNGuard
 from bert.recipe.loggers import JsonlLogger
-from bert.recipe.optim import AdamW, DecoupledAdamW, WarmupStableDecayScheduler, check_groups, parameter_groups
+from bert.recipe.optim import DecoupledAdamW, WarmupStableDecayScheduler, check_groups, parameter_groups
 from bert.recipe.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Entry:
     build: Callable[..., Any]
     modules: tuple[str, ...] = ()  # to be importable
     install: str = ""  # what to give `pip install` where they are not
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # arguments, where ours differ from its own
 
 
 def _masked_lm(name: str) -> Entry:
@@ -81,7 +82,7 @@ REGISTRY: dict[str, dict[str, Entry]] = {
     "optimizer": {
         "decoupled_adamw": Entry(DecoupledAdamW),
         "decoupled_sgdw": Entry(optim.DecoupledSGDW),
-        "adamw": Entry(AdamW),
+        "adamw": Entry(torch.optim.AdamW, defaults={"fused": True}),  # with foreach: true, set fused: false
         "adam": Entry(torch.optim.Adam),
         "sgd": Entry(torch.optim.SGD),
     },
@@ -148,7 +149,7 @@ def build(kind: str, name: str, arguments: Mapping[str, Any] | None = None, **gi
     """
     entry = check(kind, name, arguments, given)
     try:
-        return entry.build(**given, **(arguments or {}))
+        return entry.build(**given, **{**entry.defaults, **(arguments or {})})
     except RecipeError:
         raise
     except (TypeError, ValueError, ImportError) as error:

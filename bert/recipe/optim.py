@@ -92,39 +92,6 @@ def _checked_group(group: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {**group, "pattern": pattern}
 
 
-class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW, in its fused kernels unless `foreach`, `differentiable` or `fused` says otherwise."""
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=foreach is None and not differentiable if fused is None else fused,
-        )
-
-
 class DecoupledAdamW(composer.optim.DecoupledAdamW):
     """Composer's DecoupledAdamW in PyTorch's fused kernels; arguments and checkpoints are the same.
 

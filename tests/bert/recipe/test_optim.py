@@ -13,8 +13,8 @@ from composer.core import State, Time, Timestamp, TimeUnit
 from composer.optim import DecoupledAdamW, LinearWithWarmupScheduler
 
 from bert.errors import RecipeError
-from bert.recipe import optim
-from bert.recipe.optim import AdamW, WarmupStableDecayScheduler, parameter_groups
+from bert.recipe import builders, optim
+from bert.recipe.optim import WarmupStableDecayScheduler, parameter_groups
 
 
 class Toy(torch.nn.Module):
@@ -173,23 +173,23 @@ def test_the_fused_optimizer_is_composers(amsgrad: bool) -> None:
     check()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "fused"),
-    [({}, True), ({"foreach": True}, False), ({"foreach": False}, False), ({"fused": False}, False)],
-)
-def test_adamw_is_fused_unless_told_otherwise_and_pytorchs(arguments: dict, fused: bool) -> None:
+def test_adamw_is_fused_unless_told_otherwise_and_pytorchs() -> None:
     torch.manual_seed(0)
-    ours, theirs = Toy(), Toy()
-    theirs.load_state_dict(ours.state_dict())
+    ours, theirs, plain = Toy(), Toy(), Toy()
+    for other in (theirs, plain):
+        other.load_state_dict(ours.state_dict())
+    settings = {"lr": 0.1, "weight_decay": 0.1}
     optimizers = [
-        AdamW(ours.parameters(), lr=0.1, weight_decay=0.1, **arguments),
+        builders.build("optimizer", "adamw", settings, params=ours.parameters()),
         torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.1, foreach=False),
+        builders.build("optimizer", "adamw", {**settings, "foreach": True, "fused": False}, params=plain.parameters()),
     ]
-    assert bool(optimizers[0].param_groups[0]["fused"]) is fused
+    assert [bool(optimizer.param_groups[0]["fused"]) for optimizer in optimizers] == [True, False, False]
     for step in range(3):
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for model, optimizer in zip((ours, theirs, plain), optimizers, strict=True):
             model.decoder(model.norm(model.embedding(torch.tensor([step, 1])))).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-    for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for mine, expected, unfused in zip(ours.parameters(), theirs.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, expected)
+        torch.testing.assert_close(unfused, expected)
