@@ -2,8 +2,8 @@
 
 Weights are drawn at random, which does not change the speed. M2 is padded to 128 tokens, as it must be; BERT is padded
 to the longest text of a batch of like lengths, as it may be. A job's first step is not counted, nor its first
-evaluation, in the middle of training: they also pay for what is made once. On a GPU the capture of M2's CUDA graphs,
-one for each shape of a batch, is counted: give it steps enough, or cuda_graphs=false.
+evaluation, in the middle of training: they also pay for what is made once. On a GPU the capture of CUDA graphs, one
+for each shape of a batch, is counted: give it steps enough, or cuda_graphs=false.
 
     python benchmarks/glue_speed.py --data FOLDER_OF_GLUE_TSV --tokenizer vocab.txt --output results/glue_speed.json
 """

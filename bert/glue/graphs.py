@@ -114,8 +114,9 @@ class _Pass:
 class _Capture:
     """Captures passes into one memory pool: one is over, with its backward pass, before the next begins.
 
-    As `torch.cuda.make_graphed_callables`, but that what is captured starts from tensors of its own, which share the
-    weights' memory: those of the weights themselves that earlier steps left in autograd belong to the stream of these.
+    As `torch.cuda.make_graphed_callables`, but that gradients are taken of tensors of its own on the weights' memory:
+    as long as an earlier step's outputs live (Composer keeps them), autograd keeps the weights' own accumulation nodes,
+    which belong to the default stream, and a capture may not wait for that.
     """
 
     def __init__(self) -> None:
