@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bert.configuration import FOREIGN_FIELDS, M2BertConfig
 from bert.errors import CheckpointError, nearest
-from bert.exact_loading import blueprint, check_counts, checked_weights, listed, load_exactly
+from bert.exact_loading import LOADING_KEYS, blueprint, check_counts, checked_weights, listed, load_exactly
 from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
 from bert.safe_loading import load_checkpoint_file
 
@@ -187,7 +187,7 @@ def config_of(values: Mapping[str, Any], weights: Mapping[str, Tensor], source: 
         CheckpointError: it describes no model, or a larger one than the weights'.
     """
     check_counts(values, weights, source)
-    values = {key: value for key, value in values.items() if key not in FOREIGN_FIELDS}
+    values = {key: value for key, value in values.items() if key not in (*FOREIGN_FIELDS, *LOADING_KEYS)}
     for key in values:
         known = getattr(M2BertConfig, key, None)
         if callable(known) or (isinstance(known, property) and known.fset is None):
@@ -405,6 +405,7 @@ def _fields_shown_by(original: dict[str, Tensor]) -> dict[str, Any]:
     read("use_monarch_mlp", f"{layer}mlp.wo.weight", lambda shape: len(shape) == 3)
     if fields.get("use_monarch_mlp"):
         read("monarch_mlp_nblocks", f"{layer}mlp.wo.weight", lambda shape: shape[0])
+        read("intermediate_size", f"{layer}mlp.wo.weight", lambda shape: shape[0] * shape[2])
     elif "use_monarch_mlp" in fields:
         read("intermediate_size", f"{layer}mlp.wo.weight", lambda shape: shape[1])
     return fields

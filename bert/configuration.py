@@ -24,13 +24,22 @@ FOREIGN_FIELDS = (
     "dtype",
     "tokenizer_class",
 )
+# Fields of the published files that chose an implementation, a setting of the optimizer, or what to do while loading.
+WITHOUT_EFFECT = (
+    "alibi_starting_size",
+    "hyena_filter_dropout",
+    "hyena_wd",
+    "long_conv_kernel_learning_rate",
+    "performing_BEIR_evaluation",
+    "use_flash_fft",
+    "use_flash_mm",
+)
 
 
 class M2BertConfig(PretrainedConfig):
     """What an M2-BERT is made of; a published config.json loads as it is.
 
-    Lengths are in tokens, sizes in features. Fields of the published files that only chose an implementation or an
-    optimizer setting (`use_flash_mm`, `hyena_wd`, ...) are kept and have no effect.
+    Lengths are in tokens, sizes in features. Fields of the published files in WITHOUT_EFFECT are kept.
     """
 
     model_type = "m2_bert"

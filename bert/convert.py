@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from bert.checkpoint import Model, load_any, load_original, read_config, save_original
+from bert.configuration import FOREIGN_FIELDS, UNSUPPORTED, WITHOUT_EFFECT, M2BertConfig
 from bert.data.tokenizer import TOKENIZER_FILES, load_tokenizer
-from bert.errors import CheckpointError, DataError, RecipeError, storage_failure
+from bert.errors import CheckpointError, DataError, RecipeError, exit_code, nearest
 from bert.exact_loading import checked_weights
 from bert.export import onnx
+from bert.export.card import read_card
 from bert.export.folder import MODELING_FILE, difference, load_exported, write_folder
 from bert.modeling import M2BertForMaskedLM
 from bert.safe_loading import load_checkpoint_file
@@ -39,6 +42,7 @@ from bert.trained import (
 FORMATS = ("huggingface", "original", "onnx")
 SUFFIXES = {".pt": "original", ".onnx": "onnx"}
 TOLERANCES = {"huggingface": 1e-5, "original": 1e-5, "onnx": 1e-4}
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
 OWN_MODELS = ("m2_bert", "attention_bert")
 
 
@@ -67,7 +71,7 @@ def read_source(
     Args:
         path: a run's folder or a checkpoint of it; a fine-tuned job's file; a Hugging Face folder (ours, or one of the
             published models' with config.json and weights by the original's names); an original checkpoint.
-        config_file: JSON with the model's fields, for a file that does not bring them.
+        config_file: JSON with the fields of an original checkpoint's model, where it does not bring them.
         task: "mlm" or "classification"; None: what the weights show.
         tokenizer: name or path of the tokenizer; None: the source's own.
 
@@ -81,22 +85,34 @@ def read_source(
 
 
 def _read(path: Path, config_file: Path | None, task: str | None, tokenizer: str | None) -> Source:
-    if path.is_dir() and not (path / LATEST_NAME).exists():
+    is_folder = path.is_dir() and not (path / LATEST_NAME).exists()
+    file = path / LATEST_NAME if path.is_dir() else path
+    content = {} if is_folder else load_checkpoint_file(file)
+    finetuned = isinstance(content, Mapping) and content.get("kind") == FINETUNED
+    if config_file is not None and (is_folder or finetuned or has_record(content)):
+        raise RecipeError(f"--config is for an original checkpoint: {path} says itself what its model is")
+    if has_record(content):
+        return _read_run(path, content, tokenizer)
+    if is_folder:
         found = _read_folder(path, task)
+    elif finetuned:
+        found = _read_finetuned(file, content)
     else:
-        file = path / LATEST_NAME if path.is_dir() else path
-        content = load_checkpoint_file(file)
-        if has_record(content):
-            return _read_run(path, content, tokenizer)
-        if isinstance(content, Mapping) and content.get("kind") == FINETUNED:
-            found = _read_finetuned(file, content)
-        else:
-            config = {} if config_file is None else read_config(config_file)
-            found = Source(load_any(file, config, task, str(file)), origin={"source": "an original M2 checkpoint"})
+        config = {} if config_file is None else read_config(config_file)
+        found = Source(load_any(file, config, task, str(file)), origin={"source": "an original M2 checkpoint"})
+        found.notes += [f"{config_file}: {note}" for note in _unknown_fields(config)]
     if tokenizer is not None:
         check_vocabulary(load_tokenizer(tokenizer), found.model.config.vocab_size)
         found.tokenizer_name = tokenizer
     return found
+
+
+def _unknown_fields(config: Mapping[str, Any]) -> list[str]:
+    """Say of each field that no model has it; those of the original code without effect here are known."""
+    own, others = M2BertConfig.field_names(), PretrainedConfig().to_dict()
+    known = {*own, *others, *FOREIGN_FIELDS, *UNSUPPORTED, *WITHOUT_EFFECT, "num_labels", "id2label", "label2id"}
+    unknown = [name for name in config if name not in known]
+    return [f"'{name}' is no field of a model and has no effect: {nearest(name, own)}" for name in unknown]
 
 
 def _read_run(path: Path, content: Mapping[str, Any], tokenizer: str | None) -> Source:
@@ -175,7 +191,7 @@ def _read_folder(path: Path, task: str | None) -> Source:
     if not files:
         raise CheckpointError(f"{path} has no weights: one file, {' or '.join(WEIGHT_FILES)}")
     model = load_any(files[0], read_config(path / "config.json"), task, str(path))
-    found = Source(model, pooling=folder_pooling(path), origin={"source": "a Hugging Face folder"})
+    found = Source(model, pooling=folder_pooling(path), origin={"source": "a Hugging Face folder", **read_card(path)})
     if any((path / name).is_file() for name in TOKENIZER_FILES):
         found.tokenizer_name = str(path)
     return found
@@ -338,6 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     to = arguments.to or SUFFIXES.get(arguments.destination.suffix, "huggingface")
     try:
+        if to == "huggingface" and arguments.destination.suffix in WEIGHT_SUFFIXES:
+            raise RecipeError(f"{arguments.destination}: give the name of a folder; model.safetensors will be in it")
         source = read_source(arguments.source, arguments.config, arguments.task, arguments.tokenizer)
         if arguments.license:
             source.origin["license"] = arguments.license
@@ -349,18 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted: {arguments.destination} is what it was, or the new one, whole\n")
         return 130
-    except RecipeError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except (OSError, RuntimeError, SafetensorError) as error:
-        failure = storage_failure(error)
-        if failure is None and isinstance(error, OSError):
-            sys.stderr.write(f"error: {error}\n")
-            return 2
-        if failure is None:
-            raise
-        sys.stderr.write(f"error: {failure}; nothing was converted: make room and give the same command again\n")
-        return 4
+    except (RecipeError, OSError, RuntimeError, SafetensorError) as error:
+        return exit_code(error, "nothing was converted: make room and give the same command again")
     if largest is not None:
         sys.stdout.write(f"largest difference {largest:.1e} (tolerance {TOLERANCES[to]:.0e})\n")
     sys.stdout.write(f"{arguments.destination} ({to})\n")

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from bert.data.readers import TEXT_DOCUMENTS, BrokenRecord, ReadProgress, file_kind, read_records
 from bert.data.tokenizer import fingerprint
-from bert.errors import DataError, RecipeError, nearest, storage_failure
+from bert.errors import DataError, RecipeError, exit_code, nearest
 from bert.files import write_json, written_whole
 from bert.inference import BATCH_TOKENS, POOLINGS, LoadedModel, load
+from bert.trained import OWN_POOLING
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +295,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--text-documents", choices=TEXT_DOCUMENTS, default="paragraph", help="a document of a .txt (%(default)s)"
     )
     parser.add_argument("--tokenizer", help="name or path (default: the model's own copy)")
-    parser.add_argument("--pooling", choices=POOLINGS, help="default: as the model was fine-tuned, else mean")
+    parser.add_argument(
+        "--pooling",
+        choices=(*POOLINGS, OWN_POOLING),
+        help="default: as it was fine-tuned, or its own, else mean",
+    )
     parser.add_argument(
         "--normalize", action=argparse.BooleanOptionalAction, default=True, help="vectors of length 1 (the default)"
     )
@@ -313,17 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model = load(name, tokenizer=options.pop("tokenizer"), device=options.pop("device"))
         report = embed_file(model, source, output, **options, progress_bar=True)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    except OSError as error:
-        failure = storage_failure(error)
-        if failure is None:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
-            return 2
-        advice = "what was embedded is kept: make room and give the same command again"
-        print(f"error: {failure}; {advice}", file=sys.stderr)  # noqa: T201
-        return 4
+    except (RecipeError, OSError) as error:
+        return exit_code(error, "what was embedded is kept: make room and give the same command again")
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)  # noqa: T201
         return 130

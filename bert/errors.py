@@ -6,6 +6,7 @@ import difflib
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterable
 
 
@@ -43,3 +44,22 @@ def storage_failure(error: Exception) -> str | None:
     ):
         return f"the checkpoint could not be written ({str(error).splitlines()[0]})"
     return None
+
+
+def exit_code(error: Exception, lost: str) -> int:
+    """Say on stderr what a command failed of; return 2 for a mistake in what was given, 4 for the disk.
+
+    Args:
+        error: what was raised; raised again where it is neither.
+        lost: what became of the work where the disk failed, and what to do.
+    """
+    if isinstance(error, RecipeError):
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if failure := storage_failure(error):
+        sys.stderr.write(f"error: {failure}; {lost}\n")
+        return 4
+    if isinstance(error, OSError):
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    raise error

@@ -17,6 +17,7 @@ yamls/pretrain/m2-base-2k-continue.yaml), and loads wherever MODEL does.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -26,16 +27,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig
 
-from bert.checkpoint import read_state_dict
+from bert.checkpoint import Model, save_original
 from bert.configuration import M2BertConfig
-from bert.errors import CheckpointError, RecipeError
-from bert.exact_loading import check_config_keys
-from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
-from bert.safe_loading import check_folder, load_checkpoint_file
-from bert.trained import LATEST_NAME, RECORD_NAME, has_record, load_trained
+from bert.convert import read_source
+from bert.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from bert.errors import CheckpointError, RecipeError, exit_code
+from bert.exact_loading import check_config_keys, load_exactly
+from bert.export.folder import write_folder
+from bert.safe_loading import load_checkpoint_file
+from bert.trained import FINETUNED, LATEST_NAME, RECORD_NAME, has_record, load_trained
 from monarch_mixer.filters import EXTENSION_MODES, extend_positions, extend_rows
 
 POSITION_TABLE = "embeddings.position_embeddings.weight"
@@ -43,8 +46,6 @@ POSITION_TABLE = "embeddings.position_embeddings.weight"
 FILTER_POSITIONS = {".position_features": ".times", ".pos_emb.z": ".pos_emb.t"}
 POSITION_IDS = "embeddings.position_ids"  # of the original: 0, 1, ...
 WEIGHTS = "model.pt"  # an original's checkpoint, extended
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".onnx")  # of a Hugging Face folder: not copied, but written anew
-ARCHITECTURES = {cls.__name__: cls for cls in (M2BertForMaskedLM, M2BertForSequenceClassification)}
 
 
 def extend_state_dict(state: Mapping[str, Tensor], length: int, mode: str) -> dict[str, Tensor]:
@@ -86,8 +87,8 @@ def extend(source: str | os.PathLike[str], length: int, mode: str, out: str | os
     """Extend a model and write it in the form it has.
 
     Args:
-        source: a checkpoint saved by main.py or its folder, an original checkpoint (.pt, .bin, .safetensors), or a
-            Hugging Face folder of an M2-BERT.
+        source: a checkpoint saved by main.py or its folder; an original checkpoint (.pt, .bin, .safetensors), with the
+            config.json beside it where there is one; or a Hugging Face folder of an M2-BERT, exported or published.
         length: the new length in tokens.
         mode: see above.
         out: a new folder.
@@ -96,7 +97,8 @@ def extend(source: str | os.PathLike[str], length: int, mode: str, out: str | os
         What was written: OUT/latest-rank0.pt (of a run), OUT/model.pt (of an original) or OUT (Hugging Face).
 
     Raises:
-        RecipeError: the model is not longer than the old one, or of another kind; `out` exists already.
+        RecipeError: nothing of the model is shorter, it is of another kind, or `out` exists already.
+        OSError: it cannot be written there.
     """
     path, folder = Path(source).expanduser(), Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -115,17 +117,30 @@ def extend(source: str | os.PathLike[str], length: int, mode: str, out: str | os
 def _extend_into(path: Path, length: int, mode: str, folder: Path) -> str:
     """Write the extended model into a folder; return the name of what is to be given to whoever loads it."""
     if path.is_dir() and not (path / LATEST_NAME).exists():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} holds neither {LATEST_NAME} of a run nor a config.json")
-        _extend_hugging_face(path, length, mode, folder)
+        _extend_folder(path, length, mode, folder)
         return ""
     file = path / LATEST_NAME if path.is_dir() else path
-    if has_record(load_checkpoint_file(file)):
+    content = load_checkpoint_file(file)
+    if has_record(content):
         _extend_run(file, length, mode, folder / LATEST_NAME)
         return LATEST_NAME
-    state = extend_state_dict(read_state_dict(file), length, mode)
-    torch.save({"state": {"model": {f"model.{name}": value for name, value in state.items()}}}, folder / WEIGHTS)
+    if isinstance(content, Mapping) and content.get("kind") == FINETUNED:
+        raise CheckpointError(f"{file} is a fine-tuning job's: make a folder of it first (python -m bert.convert)")
+    beside = file.with_name("config.json")
+    source = read_source(file, beside if beside.is_file() else None)
+    save_original(_longer_model(source.model, length, mode), folder / WEIGHTS)
+    for name in TOKENIZER_FILES:
+        if (file.parent / name).is_file():
+            shutil.copy(file.parent / name, folder / name)
     return WEIGHTS
+
+
+def _longer_model(model: Model, length: int, mode: str) -> Model:
+    config = copy.deepcopy(model.config)
+    for field, value in _longer(config, length).items():
+        setattr(config, field, value)
+    state = extend_state_dict(model.state_dict(), length, mode)
+    return load_exactly(lambda: type(model)(config), state, "the extended model")
 
 
 def _extend_run(file: Path, length: int, mode: str, out: Path) -> None:
@@ -153,37 +168,18 @@ def _longer(config: M2BertConfig, length: int) -> dict[str, int]:
     return {name: max(length, getattr(config, name)) for name in names}
 
 
-def _extend_hugging_face(path: Path, length: int, mode: str, folder: Path) -> None:
+def _extend_folder(path: Path, length: int, mode: str, folder: Path) -> None:
+    """Write a Hugging Face folder's model for the new length as a conversion would, with all that belongs to it."""
     check_config_keys(path)
-    config = AutoConfig.from_pretrained(path)
-    if not isinstance(config, M2BertConfig):
-        raise CheckpointError(f"{path} holds a model '{config.model_type}': this command is for M2-BERT")
-    name = (config.architectures or [M2BertForMaskedLM.__name__])[0]
-    if name not in ARCHITECTURES:
-        raise CheckpointError(f"{path} holds a {name}: known are {', '.join(ARCHITECTURES)}")
-    check_folder(path)
-    model, report = ARCHITECTURES[name].from_pretrained(path, output_loading_info=True)
-    misfit = [*report["missing_keys"], *report["unexpected_keys"]]
-    if misfit:
-        raise CheckpointError(f"{path} does not hold the weights its config.json says: {', '.join(misfit[:5])}")
-    state = extend_state_dict(model.state_dict(), length, mode)
-    for field, value in _longer(config, length).items():
-        setattr(config, field, value)
-    longer = ARCHITECTURES[name](config)
-    longer.load_state_dict(state)
-    for file in path.iterdir():  # the tokenizer, and whatever else belongs to the folder
-        if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and not file.name.endswith(".index.json"):
-            shutil.copy(file, folder / file.name)
-    tokenizer_config = folder / "tokenizer_config.json"
-    if tokenizer_config.is_file():
-        settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
-        settings["model_max_length"] = max(length, settings.get("model_max_length", 0))
-        tokenizer_config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    longer.save_pretrained(folder)
+    source = read_source(path)
+    origin = {**source.origin, "source": f"a Hugging Face folder, and extended to {length} tokens ({mode})"}
+    tokenizer = None if source.tokenizer_name is None else load_tokenizer(source.tokenizer_name)
+    model = _longer_model(source.model, length, mode)
+    write_folder(folder, model, tokenizer, pooling=source.pooling, origin=origin)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+    """Run the command line; return 0, 2 for a mistake in what was given, 4 for a full disk, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m bert.extend_context",
         description=__doc__,
@@ -196,9 +192,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         written = extend(arguments.model, arguments.length, arguments.mode, arguments.out)
-    except RecipeError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing was written\n")
+        return 130
+    except (RecipeError, OSError, RuntimeError, SafetensorError) as error:
+        if "alloc" in str(error):  # torch has no class for it
+            error = RecipeError(f"LENGTH: a model for {arguments.length:,} tokens does not fit into memory")
+        return exit_code(error, "nothing was written: make room and give the same command again")
     sys.stdout.write(f"{written}: up to {arguments.length} tokens ({arguments.mode})\n")
     return 0
 

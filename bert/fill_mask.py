@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bert.errors import DataError, RecipeError, storage_failure
+from bert.errors import DataError, RecipeError, exit_code
 from bert.files import write_json
 from bert.inference import Prediction, load
 from bert.provenance import provenance
@@ -53,13 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("   ", "  ".join(f"{word} {probability:.2f}" for word, probability in prediction))  # noqa: T201
         if arguments.output:
             _write(arguments.output, arguments.model, texts, filled)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    except OSError as error:
-        failure = storage_failure(error)
-        print(f"error: {failure or error}", file=sys.stderr)  # noqa: T201
-        return 4 if failure else 2
+    except (RecipeError, OSError) as error:
+        return exit_code(error, "the file was not written")
     return 0
 
 

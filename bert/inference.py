@@ -24,11 +24,12 @@ from bert.composer_models import HuggingFaceBert
 from bert.data.word_cache import encodes_pieces_alone
 from bert.errors import DataError, RecipeError, nearest
 from bert.modeling import M2BertForMaskedLM
-from bert.trained import open_model
+from bert.trained import OWN_POOLING, Network, open_model
 
 log = logging.getLogger(__name__)
 
 POOLINGS = ("mean", "first")
+DEVICES = ("cpu", "cuda")
 BATCH_TOKENS = 16_384
 _CHARACTERS = 6  # of a text, for each token that is wanted: English has 4 to 6 a token, so few texts come twice
 _BLANK = re.compile("[ \\n]")
@@ -105,11 +106,16 @@ def _beginning(text: str, characters: int) -> str:
     return text if blank is None else text[: blank.start()]
 
 
+def _check_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise RecipeError("texts: a list of texts is wanted, this is one: put it in brackets")
+
+
 @dataclass
 class LoadedModel:
     """A model in evaluation mode, with its tokenizer, on a device."""
 
-    network: M2BertForMaskedLM | HuggingFaceBert
+    network: Network
     tokenizer: PreTrainedTokenizerFast
     device: torch.device
     record: Mapping[str, Any] = field(default_factory=dict)  # of the recipe that trained it; empty: not ours
@@ -129,7 +135,7 @@ class LoadedModel:
 
     @property
     def pooling(self) -> str:
-        """How the model was fine-tuned to be pooled; "mean" where nothing says so."""
+        """How the model was fine-tuned to be pooled, or its "own" way; "mean" where nothing says so."""
         return self.record.get("pooling", "mean")
 
     def encode(
@@ -150,22 +156,23 @@ class LoadedModel:
 
         Args:
             texts: any number; longer ones than the model takes are cut, with one warning a model.
-            pooling: "mean" over all tokens, or "first"; None: as the model was fine-tuned, else "mean".
+            pooling: "mean" over all tokens, "first", or "own", of a model that gives sentence embeddings itself
+                (`gather_sentence_embeddings`); None: as the model was fine-tuned, else "mean".
             normalize: give vectors the length 1, so that their inner product is the cosine.
             batch_tokens: most tokens of a batch, padding included.
             max_length: cut texts to so many tokens, [CLS] and [SEP] included; None: the model's own limit.
             progress: called with the number of texts of each finished batch.
 
         Raises:
-            RecipeError: an unknown pooling, or a length that the model does not take.
+            RecipeError: an unknown pooling, a length that the model does not take, or one text in place of a list.
         """
+        _check_texts(texts)
         pooling, limit = self.checked(pooling, max_length)
         ids = self.tokenize(texts, limit)
         vectors = np.empty((len(ids), self.hidden_size), np.float32)
         equal = not leaves_padding_out(self.network.config)
         for batch in length_batches([len(row) for row in ids], batch_tokens, equal=equal):
-            hidden, mask = self._hidden([ids[index] for index in batch])
-            pooled = pool(hidden, mask, pooling)
+            pooled = self._pooled([ids[index] for index in batch], pooling)
             if normalize:
                 pooled = F.normalize(pooled, dim=-1)
             vectors[batch] = pooled.cpu().numpy()
@@ -181,7 +188,10 @@ class LoadedModel:
             RecipeError: an unknown pooling, or a length that the model does not take.
         """
         pooling = self.pooling if pooling is None else pooling
-        check_pooling(pooling)
+        if pooling != OWN_POOLING:
+            check_pooling(pooling)
+        elif not getattr(self.network.config, "gather_sentence_embeddings", False):
+            raise RecipeError(f"pooling '{OWN_POOLING}': this model gives no sentence embeddings itself; mean or first")
         limit = self.max_length if max_length is None else max_length
         if not 2 <= limit <= self.max_length:
             raise RecipeError(f"max_length {limit}: this model takes 2 to {self.max_length} tokens")
@@ -228,7 +238,13 @@ class LoadedModel:
 
         Raises:
             DataError: there is no mask, or the text is too long.
+            RecipeError: the model has no head for it, `top` is no number of words, or one text in place of a list.
         """
+        _check_texts(texts)
+        if top < 1:
+            raise RecipeError(f"top {top}: at least 1 word a mask")
+        if not isinstance(self.network, M2BertForMaskedLM | HuggingFaceBert):
+            raise RecipeError("this model has a classifier, and no head that predicts words")
         return [self._fill(text, top) for text in texts]
 
     def _fill(self, text: str, top: int) -> list[Prediction]:
@@ -263,15 +279,32 @@ class LoadedModel:
             places: (places, 2), the row and the position in it of each prediction.
             width: tokens that the rows are padded to; None: those of the longest.
         """
+        assert isinstance(self.network, M2BertForMaskedLM | HuggingFaceBert)  # else there is nothing to predict with
         hidden, _ = self._hidden(rows, width)
         row, position = torch.as_tensor(np.asarray(places, dtype=np.int64).reshape(-1, 2), device=self.device).unbind(1)
         with torch.inference_mode(), self._precision():
             # The vocabulary is padded to a round number; what is beyond the tokenizer is no word.
             return self.network.predict(hidden[row, position])[:, : len(self.tokenizer)].float()
 
+    def _pooled(self, rows: Sequence[Sequence[int]], pooling: str) -> Tensor:
+        """One fp32 vector a row of token ids."""
+        if pooling != OWN_POOLING:
+            return pool(*self._hidden(rows), pooling)
+        ids, mask = self._padded(rows)
+        with torch.inference_mode(), self._precision():
+            return self.network(input_ids=ids, attention_mask=mask).sentence_embedding.float()
+
     def _hidden(
         self, rows: Sequence[Sequence[int]] | NDArray[np.integer], width: int | None = None
     ) -> tuple[Tensor, Tensor]:
+        ids, mask = self._padded(rows, width)
+        with torch.inference_mode(), self._precision():
+            return self.network.base_model(input_ids=ids, attention_mask=mask)[0], mask
+
+    def _padded(
+        self, rows: Sequence[Sequence[int]] | NDArray[np.integer], width: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and mask on the device, (rows, width)."""
         width = max(map(len, rows)) if width is None else width
         # NumPy reads a list of integers five times as fast as torch does.
         padded = np.full((len(rows), width), self.tokenizer.pad_token_id, np.int64)
@@ -279,9 +312,7 @@ class LoadedModel:
         for index, row in enumerate(rows):
             padded[index, : len(row)] = row
             real[index, : len(row)] = 1
-        ids, mask = torch.from_numpy(padded).to(self.device), torch.from_numpy(real).to(self.device)
-        with torch.inference_mode(), self._precision():
-            return self.network.base_model(input_ids=ids, attention_mask=mask)[0], mask
+        return torch.from_numpy(padded).to(self.device), torch.from_numpy(real).to(self.device)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -306,7 +337,9 @@ def load(
     try:
         target = torch.device(device)
     except RuntimeError:
-        raise RecipeError(f"device '{device}' is unknown: use cpu or cuda") from None
+        target = None
+    if target is None or target.type not in DEVICES:
+        raise RecipeError(f"device '{device}': this runs on {' or '.join(DEVICES)}")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
     opened = open_model(path, tokenizer)

@@ -300,4 +300,8 @@ def check_sharded(folder: str | os.PathLike[str]) -> None:
 
 def _reason(error: Exception) -> str:
     asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f"reading it would run code: it asks for {asked_for[1]}" if asked_for else f"it is damaged ({error})"
+    if asked_for:
+        return f"reading it would run code: it asks for {asked_for[1]}"
+    # Not torch's whole message, which recommends to read it without this safety.
+    said = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()
+    return f"it is damaged, or no checkpoint ({said[0].strip() if said else type(error).__name__})"

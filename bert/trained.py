@@ -24,7 +24,7 @@ from bert.configuration import M2BertConfig
 from bert.data.tokenizer import TOKENIZER_FILES, fingerprint, load_tokenizer
 from bert.errors import CheckpointError, DataError
 from bert.exact_loading import LOADING_KEYS, check_counts, checked_weights, load_exactly
-from bert.modeling import M2BertForMaskedLM
+from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
 from bert.safe_loading import load_checkpoint_file
 
 log = logging.getLogger(__name__)
@@ -125,11 +125,15 @@ SPARE_PARTS = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.positio
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")  # may name code on the Hub
 
 
+OWN_POOLING = "own"  # the sentence embedding that a model with `gather_sentence_embeddings` gives
+Network = M2BertForMaskedLM | M2BertForSequenceClassification | HuggingFaceBert
+
+
 @dataclass
 class OpenedModel:
-    """A network with its prediction head, from wherever it came."""
+    """A network with its head, from wherever it came."""
 
-    network: M2BertForMaskedLM | HuggingFaceBert
+    network: Network
     tokenizer: PreTrainedTokenizerFast
     record: dict[str, Any]  # of a recipe of this project; of other models what is known of it
     file: Path  # of the weights
@@ -141,7 +145,7 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
     Args:
         path: a run's folder or checkpoint; a checkpoint of the original code (with a config.json beside it where the
             weights alone do not show enough); a Hugging Face folder of an M2-BERT (exported, or as published) or of a
-            BERT with its masked-token head.
+            BERT with its masked-token head. An M2-BERT may have a classifier in place of that head.
         tokenizer: name or path; None: the model's own copy.
 
     Raises:
@@ -153,21 +157,25 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
         file = next((place / name for name in WEIGHT_FILES if (place / name).is_file()), None)
         if file is None:
             raise CheckpointError(f"{place} has a config.json, but none of {', '.join(WEIGHT_FILES)}")
-        about = {"pooling": folder_pooling(place)}
         network = _from_folder(place, file)
+        about = {"pooling": _own_pooling(network) or folder_pooling(place)}
         return OpenedModel(network, _tokenizer_of(tokenizer, place, network.config.vocab_size), about, file)
     file = place / LATEST_NAME if place.is_dir() else place
     if place.is_dir() and not file.exists():
         raise CheckpointError(f"{place} holds no model: neither {LATEST_NAME} (a run) nor config.json (Hugging Face)")
     if file.suffix == ".safetensors" or not has_record(load_checkpoint_file(file)):
         beside = file.with_name("config.json")
-        original = load_original(file, read_config(beside) if beside.is_file() else {}, "mlm")
-        assert isinstance(original, M2BertForMaskedLM)
-        return OpenedModel(original, _tokenizer_of(tokenizer, file.parent, original.config.vocab_size), {}, file)
+        original = load_original(file, read_config(beside) if beside.is_file() else {}, None)
+        about = {"pooling": _own_pooling(original) or "mean"}
+        return OpenedModel(original, _tokenizer_of(tokenizer, file.parent, original.config.vocab_size), about, file)
     trained = load_trained(file)
     found = trained.tokenizer(tokenizer)
     check_vocabulary(found, trained.model.model.config.vocab_size)
     return OpenedModel(trained.model.model.eval(), found, trained.record, file)
+
+
+def _own_pooling(network: Network) -> str | None:
+    return OWN_POOLING if getattr(network.config, "gather_sentence_embeddings", False) else None
 
 
 def folder_pooling(folder: Path) -> str:
@@ -177,14 +185,12 @@ def folder_pooling(folder: Path) -> str:
     return "first" if settings.get("pooling_mode_cls_token") or settings.get("pooling_mode") == "cls" else "mean"
 
 
-def _from_folder(folder: Path, file: Path) -> M2BertForMaskedLM | HuggingFaceBert:
+def _from_folder(folder: Path, file: Path) -> Network:
     config = read_config(folder / "config.json")
     model_type = config.get("model_type")
     is_monarch = "monarch_mixer_sequence_mixing" in config or "long_conv_l_max" in config
     if model_type == M2BertConfig.model_type or is_monarch:
-        network = load_any(file, config, "mlm", str(folder))
-        assert isinstance(network, M2BertForMaskedLM)
-        return network
+        return load_any(file, config, None, str(folder))
     if model_type != "bert":
         raise CheckpointError(f"{folder}: models of type '{model_type}' cannot be read; m2_bert and bert can")
     return _hugging_face_bert(folder, file, config)

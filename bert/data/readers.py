@@ -215,4 +215,4 @@ def _parquet(path: Path, progress: ReadProgress, column: str) -> Iterator[str | 
 
 def _require_column(path: Path, column: str, columns: list[str]) -> None:
     if column not in columns:
-        raise DataError(f"{path} has no column '{column}'; it has: {', '.join(columns)} (--text-column)")
+        raise DataError(f"{path} has no column '{column}'; it has: {', '.join(columns) or 'none'} (--text-column)")

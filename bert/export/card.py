@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
         model: the model.
         has_tokenizer: whether the folder has one.
         origin: "source" (kind of checkpoint), and where they are known "recipe" (YAML), "data" (a sentence), "metrics"
-            (name -> value), "versions", "license" (an identifier).
+            (name -> value), "versions", "license" (an identifier), "card" (the source's own, which is quoted).
     """
     config = model.config
     masked = isinstance(model, M2BertForMaskedLM)
@@ -61,7 +62,21 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
         lines += [f"## {title}", "", *_section(origin.get(key), key), ""]
     weights = f"{license_name}." if license_name else UNSTATED
     lines += ["## Licence", "", f"Weights: {weights} The modelling file: Apache-2.0.", ""]
+    if card := origin.get("card"):
+        lines += ["## The source's card", "", *(f"> {line}".rstrip() for line in str(card).splitlines()), ""]
     return "\n".join(lines)
+
+
+def read_card(folder: Path) -> dict[str, str]:
+    """Return what a folder's README.md says for `model_card`'s origin: "license" and "card"; empty without one."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    license_name = re.search(r"^license: *([A-Za-z0-9.+-]+) *$", head[1], re.MULTILINE) if head else None
+    card = (text[head.end() :] if head else text).strip()
+    return {**({"license": license_name[1]} if license_name else {}), **({"card": card} if card else {})}
 
 
 def _section(value: Any, key: str) -> list[str]:

@@ -471,3 +471,38 @@ def test_a_tokenizer_larger_than_the_model_is_refused(finetuned, tmp_path, capsy
     large.save_pretrained(tmp_path / "hf")
     assert run(tmp_path / "hf", tmp_path / "out") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_original_codes_own_composer_checkpoint_comes_back_bit_for_bit(goldens, tmp_path):
+    golden = goldens("tiny_a")[2].with_name("composer_checkpoint.pt")
+    assert run(golden, tmp_path / "hf", "--verify") == 0  # every size is read from the weights
+    assert run(tmp_path / "hf", tmp_path / "back.pt") == 0
+    before, after = read_state_dict(golden), read_state_dict(tmp_path / "back.pt")
+    assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_configuration_that_changes_nothing_is_said(original, capsys):
+    folder, _, _ = original
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "hyena_ww": 3, "use_flash_mm": True}))
+    assert run(folder / "golden.pt", folder / "hf", "--config", folder / "config.json") == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "no field" in line]
+    assert len(notes) == 1 and "'hyena_ww' is no field of a model" in notes[0] and "'hyena_w'" in notes[0]
+    assert run(folder / "hf", folder / "again", "--config", folder / "config.json") == 2
+    assert "--config is for an original checkpoint" in capsys.readouterr().err
+
+
+def test_what_leads_transformers_to_other_weights_is_not_handed_on(original):
+    folder, _, _ = original
+    assert run(folder / "golden.pt", folder / "hf", "--config", folder / "config.json") == 0
+    fields = json.loads((folder / "hf" / "config.json").read_text())
+    elsewhere = {"transformers_weights": "../x.safetensors", "quantization_config": {"quant_method": "x"}}
+    (folder / "hf" / "config.json").write_text(json.dumps({**fields, **elsewhere}))
+    assert run(folder / "hf", folder / "again") == 0
+    assert json.loads((folder / "again" / "config.json").read_text()) == fields
+
+
+def test_a_folder_is_not_named_like_its_weights(original, capsys):
+    folder, _, _ = original
+    assert run(folder / "golden.pt", folder / "m2.safetensors", "--config", folder / "config.json") == 2
+    assert "give the name of a folder" in capsys.readouterr().err and not (folder / "m2.safetensors").exists()

@@ -13,12 +13,13 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from bert import embed, inference, load
-from bert.checkpoint import to_original
+from bert.checkpoint import save_original, to_original
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import train_wordpiece
 from bert.errors import CheckpointError, DataError, RecipeError
+from bert.export.folder import write_folder
 from bert.inference import LoadedModel, length_batches
-from bert.modeling import M2BertForMaskedLM
+from bert.modeling import M2BertForMaskedLM, M2BertForSequenceClassification
 
 TEXTS = ["the cat sat on the mat", "a dog", "the mat is on the floor and the cat is on the mat", "cat", "", "a dog ran"]
 LIMIT = 12
@@ -386,3 +387,44 @@ def test_logits_at_places_are_those_of_the_whole_network(folders, name):
     if name != "m2":  # which takes padding for text here
         padded = model.logits_at([[5, 6, 7], [9, 8]], [(1, 1)], width=LIMIT)
         torch.testing.assert_close(padded, model.logits_at([[9, 8]], [(0, 1)]), atol=1e-5, rtol=1e-5)
+
+
+def test_models_with_a_classifier_embed_too(folders, tmp_path):
+    """Those that give sentence embeddings themselves give these, the others pooled hidden states."""
+    torch.manual_seed(2)
+    tokenizer = load(folders / "m2", device="cpu").tokenizer
+    fields = M2BertForMaskedLM.from_pretrained(folders / "m2").config.to_dict()
+    for name, changes in (
+        ("classes", {"num_labels": 3, "mask_padding": True, "pool_all": True}),
+        ("own", {"gather_sentence_embeddings": True, "use_normalized_embeddings": True, "pool_all": True}),
+    ):
+        network = M2BertForSequenceClassification(M2BertConfig(**{**fields, **changes})).eval()
+        (tmp_path / name).mkdir()
+        write_folder(tmp_path / name, network, tokenizer, pooling="mean", origin={"source": "a test"})
+        save_original(network, tmp_path / f"{name}.pt")
+        for path, words in ((tmp_path / name, None), (tmp_path / f"{name}.pt", str(tmp_path / name))):
+            model = load(path, tokenizer=words, device="cpu")
+            assert model.pooling == ("own" if name == "own" else "mean")
+            if name == "classes":
+                expected = np.stack([alone(model, text, "mean") for text in TEXTS])
+            else:
+                rows = model.tokenize(TEXTS, LIMIT)
+                with torch.no_grad():
+                    given = [network(torch.tensor([row]), torch.ones(1, len(row))).sentence_embedding for row in rows]
+                expected = torch.cat(given).numpy()
+            np.testing.assert_allclose(model.encode(TEXTS, normalize=name == "own"), expected, atol=1e-5)
+            with pytest.raises(RecipeError, match="no head that predicts words"):
+                model.fill_mask(["the [MASK]"])
+    with pytest.raises(RecipeError, match="gives no sentence embeddings itself"):
+        load(folders / "m2", device="cpu").encode(TEXTS, pooling="own")
+
+
+def test_one_text_in_place_of_a_list_is_an_error(folders):
+    model = load(folders / "m2", device="cpu")
+    for call in (model.encode, model.fill_mask):
+        with pytest.raises(RecipeError, match="a list of texts is wanted"):
+            call("the [MASK]")
+    with pytest.raises(RecipeError, match="top 0"):
+        model.fill_mask(["the [MASK]"], top=0)
+    with pytest.raises(RecipeError, match="device 'meta'"):
+        load(folders / "m2", device="meta")

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from bert import extend_context, load
-from bert.checkpoint import load_original, to_original
+from bert.checkpoint import load_original, save_original, to_original
 from bert.configuration import M2BertConfig
 from bert.errors import CheckpointError, RecipeError
+from bert.export.folder import write_folder
 from bert.extend_context import extend, extend_state_dict
 from bert.modeling import M2BertForMaskedLM
-from bert.trained import LATEST_NAME, load_trained
+from bert.trained import FINETUNED, LATEST_NAME, folder_pooling, load_trained
 from monarch_mixer.filters import EXTENSION_MODES
 from tests.bert.test_fill_mask import checkpoint, tokenizer  # noqa: F401 - fixtures
 from tests.bert.test_modeling import SMALL
@@ -141,7 +142,6 @@ def test_a_run_is_a_run_again(checkpoint, capsys):  # noqa: F811
 def test_a_hugging_face_folder_is_one_again(tmp_path, centered):
     model = make_model(short_conv_centered=centered)
     model.save_pretrained(tmp_path / "old")
-    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": OLD}))
     assert extend(tmp_path / "old", 50, "keep-taps", tmp_path / "new") == tmp_path / "new"
     longer = M2BertForMaskedLM.from_pretrained(tmp_path / "new").eval()
     for name, value in extend_state_dict(model.state_dict(), 50, "keep-taps").items():
@@ -150,7 +150,54 @@ def test_a_hugging_face_folder_is_one_again(tmp_path, centered):
     assert longer.config.short_conv_centered is centered
     ids = torch.randint(1, 50, (2, OLD))
     torch.testing.assert_close(longer(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
-    assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())["model_max_length"] == 50
+
+
+def test_all_of_an_exported_folder_is_for_the_new_length(tmp_path, tokenizer):  # noqa: F811
+    (tmp_path / "old").mkdir()
+    origin = {"source": "a test", "license": "mit", "data": "Words of one syllable."}
+    write_folder(tmp_path / "old", make_model(vocab_size=64), tokenizer, pooling="first", origin=origin)
+    new = extend(tmp_path / "old", 50, "tile", tmp_path / "new")
+    assert {path.name for path in new.rglob("*")} == {path.name for path in (tmp_path / "old").rglob("*")}
+    for name, field in (("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")):
+        assert json.loads((new / name).read_text())[field] == 50
+    assert load(new, device="cpu").pooling == folder_pooling(new) == "first"
+    card = (new / "README.md").read_text()
+    assert (
+        card.startswith("---\nlicense: mit\n")
+        and "at most 50 tokens" in card
+        and "extended to 50 tokens (tile)" in card
+    )
+    assert "> Words of one syllable." in card.split("## The source's card")[1]
+
+
+def test_an_original_checkpoint_keeps_the_configuration_it_holds(tmp_path, tokenizer):  # noqa: F811
+    model = make_model(vocab_size=64, layer_norm_eps=1e-3, hyena_w_mod=2)  # which no weight shows
+    save_original(model, tmp_path / "old.pt")
+    tokenizer.save_pretrained(tmp_path)
+    longer = load(extend(tmp_path / "old.pt", 50, "keep-taps", tmp_path / "new"), device="cpu")
+    config = longer.network.config
+    assert (config.mask_padding, config.layer_norm_eps, config.hyena_w_mod, config.long_conv_l_max) == (
+        True,
+        1e-3,
+        2,
+        50,
+    )
+    text = "the cat [MASK]"
+    assert longer.fill_mask([text]) == load(tmp_path / "old.pt", device="cpu").fill_mask([text])
+
+
+def test_what_cannot_be_extended_or_written_is_said(checkpoint, capsys):  # noqa: F811
+    folder, _ = checkpoint
+    (folder / "file").write_text("x")
+    for arguments, message in (
+        (["40", "--out", folder / "file" / "below"], "file"),
+        (["10000000000000", "--out", folder / "new"], "does not fit into memory"),
+    ):
+        assert extend_context.main([str(folder), *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+    torch.save({"kind": FINETUNED}, folder / "job.pt")
+    assert extend_context.main([str(folder / "job.pt"), "40", "--out", str(folder / "new")]) == 2
+    assert "fine-tuning job" in capsys.readouterr().err and not (folder / "new").exists()
 
 
 @pytest.mark.parametrize("mode", EXTENSION_MODES)
