@@ -1,6 +1,6 @@
 """The same short training run with the kernels on and off: the loss curves, and how far they are apart.
 
-    python benchmarks/kernels_loss_curve.py --output results/loss_curve.json --plot results/loss_curve.png
+    python benchmarks/kernels_loss_curve.py --output results/loss_curve.json --plot docs/figures/loss_curve.png
 
 A small M2-BERT (4 layers, hidden 256, 128 tokens) on the embedded corpus, dropout 0, AdamW with gradient clipping, from
 one seed and over one order of batches. Three curves: kernels in bf16 autocast, PyTorch in bf16 autocast, and PyTorch in

@@ -1,6 +1,6 @@
 """Data-parallel scaling of pretraining on the GPUs of one host, through the recipe's own command.
 
-    python benchmarks/scaling.py --gpus 1,2,4 --output results/scaling.json --plot results/scaling.png
+    python benchmarks/scaling.py --gpus 1,2,4 --output results/scaling.json --plot docs/figures/scaling.png
 
 For each model, number of GPUs N and mode, `composer -n N main.py RECIPE` on shards of random tokens: strong scaling
 with --batch samples a step in all, weak scaling with --batch on each GPU. Tokens/s, MFU (against the vendor's dense

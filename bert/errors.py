@@ -22,11 +22,17 @@ class CheckpointError(RecipeError):
     """A checkpoint that cannot be read safely, or does not fit the model."""
 
 
+FEW = 8  # names that are all told
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown `word`: the nearest of the `known` ones, or all of them."""
+    """Return a hint for an unknown `word`: the nearest of the `known` ones, and all of them where they are few."""
     names = sorted(str(name) for name in known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+    every = f"known: {', '.join(names)}"
+    if not close:
+        return every
+    return f"did you mean '{close[0]}'?" + (f" ({every})" if 1 < len(names) <= FEW else "")
 
 
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}

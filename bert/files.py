@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def is_local(name: str) -> bool:
+    """Say whether a name of which nothing is there was meant for a file or folder here, not for one on the Hub."""
+    first, slash, _ = name.partition("/")
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(slash and Path(first).is_dir())
+
+
 @contextmanager
 def written_whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Give a temporary name, which becomes `path` when the block ends; where it fails, the file is removed.

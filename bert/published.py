@@ -14,7 +14,7 @@ class Figure:
     confirmed: bool = True  # False: second-hand, or nobody could confirm it
 
 
-M2_README = "HazyResearch/m2, bert/README.md"
+M2_README = "github.com/HazyResearch/m2, bert/README.md"
 DEVLIN = "Devlin et al. 2019 (arXiv 1810.04805), table 1; test set"
 HYDRA = "Hydra (arXiv 2407.09941), table 4; second-hand"
 TOGETHER_TABLE = "together.ai, post on long-context retrieval with Monarch Mixer"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert.errors import DataError
+from bert.files import is_local
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
@@ -47,7 +48,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         tokenizer = _from_folder(path)
     elif path.is_file():
         tokenizer = _from_file(path)
-    elif path.suffix in {".txt", ".json"} or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+    elif path.suffix in {".txt", ".json"} or is_local(name_or_path):
         raise DataError(f"tokenizer '{name_or_path}': there is no such file or folder")
     else:
         tokenizer = _from_pretrained(name_or_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from huggingface_hub import HfApi
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bert.errors import DataError
-from bert.glue.tasks import Task
+from bert.glue.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
@@ -110,11 +111,11 @@ def locate(name: str, task: Task, split: str, data: str, revisions: Mapping[str,
         )
     root = Path(source).expanduser()
     if not root.is_dir():
-        raise DataError(f"{name}: there is no folder '{root}'; {GLUE_HINT}")
+        raise DataError(f"{name}: there is no folder '{root}'; {_hint(name, task)}")
     folders = [root / (task.folder or name), root / name, *([root] if task.source else [])]
     found = [folder for folder in folders if folder.is_dir()]
     if not found:
-        raise DataError(f"{name}: there is no folder '{folders[0]}'; {GLUE_HINT}")
+        raise DataError(f"{name}: there is no folder '{folders[0]}'; {_hint(name, task)}")
     folder = found[0]
     if split in task.files:
         if (folder / task.files[split]).is_file():
@@ -132,8 +133,15 @@ def locate(name: str, task: Task, split: str, data: str, revisions: Mapping[str,
             raise DataError(f"{name}: {folder} holds {split} in {len(parts)} Parquet files: join them into one")
     raise DataError(
         f"{name}: no file for its split {split} in '{folder}': looked for {' and '.join(dict.fromkeys(stems))} as "
-        f"{', '.join(EXTENSIONS)}; {GLUE_HINT}"
+        f"{', '.join(EXTENSIONS)}; {_hint(name, task)}"
     )
+
+
+def _hint(name: str, task: Task) -> str:
+    if name in TASKS:
+        return GLUE_HINT
+    names = ", ".join(f"{split}.csv" for split in dict.fromkeys([task.train, *task.validation]))
+    return f"one's own task has {names} (or {', '.join(EXTENSIONS)}) in tasks.{name}.task.source, or DATA/{name}"
 
 
 @dataclass
@@ -147,8 +155,8 @@ class Rows:
         return len(self.texts)
 
 
-def read_rows(place: Place, task: Task) -> Rows:
-    """Read and check a split.
+def read_rows(place: Place, task: Task, first: int | None = None) -> Rows:
+    """Read and check a split, or, to see whether it can be read, the `first` rows of it.
 
     Raises:
         DataError: a column is missing, a label is out of range, or no row is left; with file and row.
@@ -158,7 +166,7 @@ def read_rows(place: Place, task: Task) -> Rows:
     labels: list[float] = []
     columns = [name for template in task.text for name in _columns_of(template)] + [task.label] * labelled
     torn = 0
-    for number, row in enumerate(_records(place, task), 1):
+    for number, row in enumerate(itertools.islice(_records(place, task), first), 1):
         if not isinstance(row, Mapping):
             raise DataError(
                 f"{place.task}: {place}, row {number} is a JSON {type(row).__name__}; one object a line is read"
@@ -181,7 +189,7 @@ def read_rows(place: Place, task: Task) -> Rows:
         log.warning("%s: %d rows with missing or surplus fields are left out", place, torn)
     if not texts:
         raise DataError(f"{place.task}: {place} has no rows")
-    for warning in count_warnings(task, place.split, len(texts)):
+    for warning in count_warnings(task, place.split, len(texts)) if first is None else []:
         log.warning("%s: %s: %s", place.task, warning, place)
     return Rows(texts, labels if labelled else None)
 

@@ -31,6 +31,7 @@ from bert.configuration import M2BertConfig
 from bert.data.tokenizer import TOKENIZER_FILES, fingerprint, load_tokenizer
 from bert.errors import CheckpointError, DataError, RecipeError, nearest
 from bert.exact_loading import check_config_keys
+from bert.files import is_local
 from bert.glue.data import file_hash
 from bert.glue.metrics import DatasetMetric
 from bert.modeling import M2BertForSequenceClassification
@@ -173,7 +174,7 @@ class Start:
                 return "ours" if has_record(content) else "original"
             raise CheckpointError(f"checkpoint: {path} is none of .pt, .bin and .safetensors")
         name = self.checkpoint
-        if path.suffix in (".pt", ".bin", ".safetensors") or name[0] in "./~" or name.count("/") > 1:
+        if path.suffix in (".pt", ".bin", ".safetensors") or is_local(name):
             raise CheckpointError(f"checkpoint: {name} does not exist")
         return "hugging_face"
 

@@ -116,6 +116,8 @@ def score_table(summary: Mapping[str, Any]) -> Rows:
 def average_table(summary: Mapping[str, Any]) -> Rows:
     """A line a convention: the average, or what is missing for it."""
     rows = [["GLUE average", "", "columns"]]
+    if not any(found["columns"] for found in summary["averages"].values()):
+        return rows
     for convention, found in summary["averages"].items():
         value = "not defined" if found["average"] is None else f"{100 * found['average']:.2f}"
         cells = ", ".join(f"{column} {100 * score:.1f}" for column, score in found["columns"].items())
@@ -138,7 +140,7 @@ def _hundredths(values: Mapping[str, Any]) -> str:
 
 def write(folder: Path, config: GlueConfig, summary: dict[str, Any], jobs: Sequence[Job]) -> None:
     """Print the tables and write results.md, .csv and .json, and with `test` the submission."""
-    tables = [score_table(summary), average_table(summary)]
+    tables = [score_table(summary), *([averages] if len(averages := average_table(summary)) > 1 else [])]
     if summary["failed"]:
         tables.append(failure_table(summary))
     if summary["warnings"]:

@@ -26,7 +26,7 @@ from rich.logging import RichHandler
 from bert.errors import DataError, RecipeError
 from bert.glue import job as jobs
 from bert.glue import report
-from bert.glue.data import HUB, hub_commit, locate
+from bert.glue.data import HUB, hub_commit, locate, read_rows
 from bert.glue.job import JobSpec
 from bert.glue.model import Start, check_fits
 from bert.glue.results import Results
@@ -53,6 +53,7 @@ the settings at the top, so change them there: tasks.rte.epochs=2. These are the
 """
 
 INTERRUPTED = 130  # exit code
+CHECKED_ROWS = 100  # of each split before any job: a wrong column or label is one message
 # What of a task's row and of its settings a job's key follows from, the content of its data aside.
 ROW_KEYS = (
     *("text", "label", "labels", "label_range", "metrics", "score", "train", "validation"),
@@ -176,6 +177,9 @@ class Sweep:
             task = plan.task
             splits = [task.train, *task.validation]
             places = {name: locate(plan.name, task, name, config.data, self.revisions) for name in splits}
+            for place in places.values():
+                if place.file is not None:
+                    read_rows(place, task, first=CHECKED_ROWS)
             identities[plan.name] = {name: place.identity() for name, place in places.items()}
             predictions[plan.name] = []
             if config.test:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from composer import algorithms, callbacks, loggers, optim
-from composer.core import Algorithm, Callback, Precision, Time
+from composer.core import Algorithm, Callback, Precision, Time, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, TPConfig
@@ -230,6 +230,18 @@ def check_time(key: str, value: str) -> None:
         raise RecipeError(f"{key}: {error}; write for example 100ba, 4096sp, 1e9tok, 2ep or 0.1dur") from error
 
 
+def _check_warmup(config: TrainConfig) -> None:
+    """Raise RecipeError for a warm-up that takes the whole run, which would never come to its learning rate."""
+    given = config.scheduler.get("t_warmup")
+    if given is None:
+        return
+    check_time("scheduler.t_warmup", str(given))
+    warmup, total = Time.from_timestring(str(given)), Time.from_timestring(config.max_duration)
+    whole = {TimeUnit.DURATION: 1, total.unit: total.value}.get(warmup.unit)  # another unit: Composer's to compare
+    if whole is not None and warmup.value >= whole > 0:
+        raise RecipeError(f"scheduler.t_warmup: {given} is no less than the run's max_duration, {config.max_duration}")
+
+
 def check_config(config: TrainConfig) -> None:
     """Check everything that can be checked without data, devices or building: names, arguments, times, choices.
 
@@ -241,6 +253,7 @@ def check_config(config: TrainConfig) -> None:
     check_sections(resolved)
     for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
         check_time(key, getattr(config, key))
+    _check_warmup(config)
     check_choice("task", config.task, list(REGISTRY["task"]))
     check_choice("device", config.device, DEVICES)
     check_choice("python_log_level", config.python_log_level, LOG_LEVELS)

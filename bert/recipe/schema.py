@@ -84,9 +84,7 @@ class TrainConfig:
     save_overwrite: bool = False  # start over in a folder that holds checkpoints of another run
     load_path: str | None = None  # checkpoint to start from; null: none
     load_weights_only: bool = False  # take the model from load_path, not optimizer, step and data position
-    rollbacks: int = (
-        0  # times that a diverged run goes back to its last checkpoint and passes over the batch that did it
-    )
+    rollbacks: int = 0  # times that a diverged run goes back to its last checkpoint, passing over the batch that did it
     autoresume: bool = False  # go on from the latest checkpoint in save_folder where there is one
 
     # --- machine
@@ -185,8 +183,11 @@ def _read_yaml(path: Path, readers: tuple[Path, ...], folder: Path) -> DictConfi
         _check_expansion(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
         values = OmegaConf.load(path)
     except FileNotFoundError:
-        found = sorted(p for place in {path.parent, folder} for p in place.glob("*.yaml"))
-        raise RecipeError(f"{path} does not exist: {nearest(str(path), map(str, found))}") from None
+        found = {p.stem: p for place in (folder, path.parent) for p in place.glob("*.yaml")}
+        hint = nearest(path.stem, found)
+        for stem in sorted(found, key=len, reverse=True):  # the file, not its stem alone
+            hint = hint.replace(f"'{stem}'", f"'{found[stem]}'")
+        raise RecipeError(f"{path} does not exist: {hint}") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, DictConfig):

@@ -20,7 +20,6 @@ from bert.recipe.schema import TrainConfig, to_yaml
 CURVE_POINTS = 300  # of the training curve; each is the mean over its part of the steps
 EVALUATION = "metrics/eval/MaskedCrossEntropy"
 ACCURACY = "metrics/eval/MaskedAccuracy"
-_HOUR = 3600.0
 
 
 def recipe_hash(config: TrainConfig | str) -> str:

@@ -480,9 +480,9 @@ class Study:
             log.info("%s: %s", progress.run.name, text)
 
     def table(self) -> list[list[str]]:
-        """A header, and a line a run: its state and what it has come to."""
+        """A header, and a line for each run of the jobs asked for and of what they need."""
         rows = [["run", "state", "evaluation loss", "tokens/s", "minutes", ""]]
-        for progress in self.runs.values():
+        for progress in self._in_order:
             result = self._finished(progress) or {}
             columns = (("evaluation_loss", ".3f"), ("tokens_per_second", ",.0f"), ("minutes", ".1f"))
             cells = [f"{result[key]:{form}}" if result.get(key) else "" for key, form in columns]

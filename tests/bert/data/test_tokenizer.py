@@ -79,8 +79,12 @@ def test_damaged_files_are_an_error(tmp_path: Path, content: str) -> None:
         load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
-def test_missing_files_are_an_error_and_not_looked_for_on_the_hub(tmp_path: Path) -> None:
-    for name in (str(tmp_path / "vocab"), "no/such/vocab.txt", "./tokenizer"):
+def test_missing_files_are_an_error_and_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "vocab"), "no/such/vocab.txt", "./tokenizer", "data/none"):
         with pytest.raises(DataError, match="no such file or folder"):
             load_tokenizer(name)
     with pytest.raises(DataError, match=r"has no tokenizer_config\.json"):

@@ -22,7 +22,7 @@ RECIPES = {"m2-base", "m2-base-960", "m2-large-260m", "m2-large-341m", "bert-bas
 
 
 def test_no_recipe_is_missing_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == RECIPES | {"m2-small", "superglue", "any-run"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == RECIPES | {"m2-small", "superglue", "any-run", "own-task"}
 
 
 def test_the_recipe_for_any_run_asks_for_no_other_model_and_gives_all_tasks_one_grid() -> None:
@@ -170,6 +170,11 @@ def test_a_task_changes_the_shared_settings_and_the_grid_both(recipe: Recipe) ->
     settings = plans["cola"].points[3][1]
     assert (settings.optimizer, settings.epochs) == ({"name": "decoupled_adamw", "lr": 0.2}, 3)
     assert (settings.batch_size, settings.seeds) == (8, [1, 2])
+
+
+def test_the_example_of_ones_own_task_is_one_task() -> None:
+    (plan,) = check_config(load_config(FOLDER / "own-task.yaml", ["checkpoint=somewhere"]))
+    assert plan.name == "reviews" and plan.task.num_labels == 2 and len(plan.points) == 2
 
 
 def test_superglue_is_rows_in_a_yaml() -> None:

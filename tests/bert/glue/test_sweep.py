@@ -97,7 +97,8 @@ def test_jobs_die_with_their_sweep(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_failing_job_loses_itself_alone(
     recipe: Recipe, glue_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(tmp_path / "own" / "train.tsv", ["sentence\tlabel", "good\t1", "bad\t7"])
+    seen = ["sentence\tlabel", *["good\t1"] * sweep.CHECKED_ROWS]  # a mistake in these would be one before the sweep
+    write(tmp_path / "own" / "train.tsv", [*seen, "bad\t7"])
     write(tmp_path / "own" / "dev.tsv", ["sentence\tlabel", "good\t1"])
     own = {"text": ["sentence"], "labels": ["0", "1"], "metrics": ["accuracy"], "source": str(tmp_path / "own")}
     tasks = {"cola": {"grid": {"optimizer.lr": [1e-2, 1e30]}}, "own": {"task": own}}
@@ -107,7 +108,7 @@ def test_a_failing_job_loses_itself_alone(
     assert found["tasks"]["cola"]["points"][0]["seeds"] == [1]
     reasons = {failed["job"]: failed["reason"] for failed in found["failed"]}
     assert reasons.keys() == {"cola seed 1 (lr=1e+30)", "own seed 1"}
-    assert "row 2: the label '7' is none of 0, 1" in reasons["own seed 1"]
+    assert "row 101: the label '7' is none of 0, 1" in reasons["own seed 1"]
     assert "training stopped at batch" in reasons["cola seed 1 (lr=1e+30)"]
     text = (tmp_path / "sweep" / "results.md").read_text()
     assert "| own seed 1 | failed |" in text
@@ -117,6 +118,28 @@ def test_a_failing_job_loses_itself_alone(
     tasks["cola"]["grid"]["optimizer.lr"] = [1e-2]
     assert sweep.main([str(recipe(tasks=tasks, seeds=[1]))]) == 0
     assert Counter(result["task"] for result in lines(tmp_path / "sweep")) == {"cola": 1, "own": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ["bad", "ok"]}, "train.csv, row 1: the label 'good' is none of bad, ok"),
+        ({"text": ["txt"]}, "no column txt"),
+    ],
+)
+def test_mistakes_in_ones_own_task_are_said_before_any_job(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path / "own" / f"{split}.csv", ["text,label", "a,good", "b,bad"])
+    own = {"text": ["text"], "labels": ["bad", "good"], "metrics": ["accuracy"], "source": str(tmp_path / "own")}
+    assert sweep.main([str(recipe(tasks={"own": {"task": {**own, **change}}}, only=["own"], seeds=[1]))]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert sweep.main([str(recipe(tasks={"own": {"task": {**own, "source": "no"}}}, only=["own"], seeds=[1]))]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "one's own task has train.csv, validation.csv" in error and "gluebenchmark" not in error
+    assert sweep.main([str(recipe(tasks={"own": {"task": own}}, only=["own"], seeds=[1]))]) == 0
+    assert "GLUE average" not in (tmp_path / "sweep" / "results.md").read_text()  # none of its tasks
 
 
 def test_a_crashed_job_is_tried_again(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +310,10 @@ def test_a_job_run_twice_is_the_same_bit_for_bit(recipe: Recipe, tmp_path: Path)
         assert torch.equal(value, models[1][name]), name
 
 
-def test_what_defines_a_job_is_its_key(recipe: Recipe, glue_data: Path, tmp_path: Path) -> None:
+def test_what_defines_a_job_is_its_key(
+    recipe: Recipe, glue_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "read_rows", lambda *_, **__: None)  # some of these could not be read
     path = recipe()
     key = specification(path).key
     for override in ("optimizer.lr=0.5", "epochs=2", "seeds=[9]", "model.config.hidden_size=32", "pooling=mean"):

@@ -166,3 +166,18 @@ def test_cuda_graphs_need_a_fixed_microbatch(recipe: Recipe) -> None:
     check_config(load_config(recipe(), [*graphs, "device_train_microbatch_size=4"]))
     with pytest.raises(RecipeError, match="needs a number"):
         check_config(load_config(recipe(), [*graphs, "device_train_microbatch_size=auto"]))
+
+
+@pytest.mark.parametrize(("warmup", "duration"), [("2dur", "10ba"), ("1dur", "10ba"), ("10ba", "10ba"), ("9sp", "8sp")])
+def test_a_warm_up_that_takes_the_whole_run_is_refused(warmup: str, duration: str) -> None:
+    overrides = [f"scheduler.t_warmup={warmup}", f"max_duration={duration}"]
+    with pytest.raises(RecipeError, match=f"t_warmup: {warmup} is no less than"):
+        check_config(load_config("yamls/pretrain/m2-base.yaml", overrides))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "duration"), [("0.99dur", "10ba"), ("9ba", "10ba"), ("0ba", "0ba"), ("10ba", "2ep")]
+)
+def test_a_warm_up_within_the_run_is_not(warmup: str, duration: str) -> None:
+    overrides = [f"scheduler.t_warmup={warmup}", f"max_duration={duration}"]
+    check_config(load_config("yamls/pretrain/m2-base.yaml", overrides))

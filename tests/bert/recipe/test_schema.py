@@ -122,3 +122,9 @@ def test_a_missing_file_names_the_nearest(recipe: Recipe, tmp_path: Path) -> Non
     recipe()
     with pytest.raises(RecipeError, match=r"did you mean '.*tiny\.yaml'"):
         load_config(tmp_path / "tinny.yaml")
+
+
+def test_a_recipe_that_is_not_there_is_looked_for_by_its_name() -> None:
+    for wrong in ("m2-base", "yamls/m2-base.yaml", "yamls/pretrain/m2base.yaml"):
+        with pytest.raises(RecipeError, match=r"does not exist: did you mean '.*pretrain/m2-base\.yaml'"):
+            load_config(wrong)

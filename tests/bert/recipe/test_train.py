@@ -213,7 +213,7 @@ def test_divergence_stops_the_run_and_spares_the_last_good_checkpoint(
 
 
 def test_a_folder_with_checkpoints_is_not_overwritten_silently(
-    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = str(recipe())
     assert main([path, "max_duration=4ba"]) == 0
@@ -221,7 +221,9 @@ def test_a_folder_with_checkpoints_is_not_overwritten_silently(
     assert main([path, "max_duration=4ba"]) == 2
     assert "autoresume=true" in capsys.readouterr().err
     assert (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text() == log
+    assert "starting over" not in caplog.text
     assert main([path, "max_duration=4ba", "save_overwrite=true", "optimizer.lr=0.0"]) == 0
+    assert "starting over beside checkpoints (to ep0-ba4-rank0.pt)" in caplog.text
     assert (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text() != log
 
 
