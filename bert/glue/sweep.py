@@ -35,6 +35,7 @@ from bert.glue.state import BLOCKED, DONE, ELSEWHERE, FAILED, OPEN, QUEUED, RUNN
 from bert.glue.tasks import TASKS, Task
 from bert.glue.view import View
 from bert.processes import signals_as_interrupts, visible_gpus
+from bert.text_tables import Rows, print_table
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,9 @@ def run(config: GlueConfig, command: Sequence[str]) -> int:
     torch.set_num_threads(1)
     try:
         sweep = Sweep(config, threads)
+        if config.dry_run:
+            print_table(sweep.preview())
+            return 0
         interrupted = sweep.work(console)
     finally:
         torch.set_num_threads(threads)
@@ -287,6 +291,11 @@ class Sweep:
                 job.state, job.result = DONE, result
             else:
                 job.state = QUEUED
+
+    def preview(self) -> Rows:
+        """A header, and a line a job: whether it is done, is to be run, or waits for the task that it starts from."""
+        self._release()
+        return [["job", "state"], *([job.name, job.state] for job in self.jobs)]
 
     # --- the processes
 

@@ -120,6 +120,21 @@ def test_a_failing_job_loses_itself_alone(
     assert Counter(result["task"] for result in lines(tmp_path / "sweep")) == {"cola": 1, "own": 1}
 
 
+def test_a_dry_run_says_what_is_to_be_done(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(recipe(seeds=[1]))
+
+    def states() -> list[str]:
+        assert sweep.main([path, "dry_run=true"]) == 0
+        lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "seed 1" in line]
+        assert [line[1].strip() for line in lines] == ["cola seed 1", "stsb seed 1"]
+        return [line[2].strip() for line in lines]
+
+    assert states() == ["queued", "queued"] and not list((tmp_path / "sweep").glob("**/*.json*"))
+    assert sweep.main([path, "only=[cola]"]) == 0
+    capsys.readouterr()
+    assert states() == ["done", "queued"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
