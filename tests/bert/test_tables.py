@@ -74,7 +74,7 @@ def test_glue_takes_results_in_the_convention_of_the_published_figure(tmp_path: 
     table = tables.glue(tmp_path)
     average = line(table, "m2-base", "average")
     assert average.cells()[2:] == [
-        "79.90 (HazyResearch/m2, bert/README.md)",
+        "79.90 (github.com/HazyResearch/m2, bert/README.md)",
         "80.10 (`python glue.py x.yaml`, NVIDIA H200, 2026-01-02)",
         "+0.20",
     ]
@@ -139,7 +139,7 @@ def test_the_command_writes_all_three(
     text = (tmp_path / "out" / "tables.md").read_text()
     for part in (
         "## GLUE",
-        "| m2-base | parameters | 80,000,000 (HazyResearch/m2, bert/README.md) | 80,267,328 (",
+        "| m2-base | parameters | 80,000,000 (github.com/HazyResearch/m2, bert/README.md) | 80,267,328 (",
         "79.60",
     ):
         assert part in text
