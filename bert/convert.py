@@ -111,8 +111,11 @@ def _unknown_fields(config: Mapping[str, Any]) -> list[str]:
     """Say of each field that no model has it; those of the original code without effect here are known."""
     own, others = M2BertConfig.field_names(), PretrainedConfig().to_dict()
     known = {*own, *others, *FOREIGN_FIELDS, *UNSUPPORTED, *WITHOUT_EFFECT, "num_labels", "id2label", "label2id"}
-    unknown = [name for name in config if name not in known]
-    return [f"'{name}' is no field of a model and has no effect: {nearest(name, own)}" for name in unknown]
+    hints = {name: nearest(name, own) for name in config if name not in known}
+    return [
+        f"'{name}' is no field of a model and has no effect" + (f": {hint}" if hint.startswith("did") else "")
+        for name, hint in hints.items()
+    ]
 
 
 def _read_run(path: Path, content: Mapping[str, Any], tokenizer: str | None) -> Source:

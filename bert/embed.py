@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pooling",
         choices=(*POOLINGS, OWN_POOLING),
-        help="default: as it was fine-tuned, or its own, else mean",
+        help="own: a retrieval model's way; default: own, or as it was fine-tuned",
     )
     parser.add_argument(
         "--normalize", action=argparse.BooleanOptionalAction, default=True, help="vectors of length 1 (the default)"

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class RecipeError(ValueError):
@@ -25,14 +25,18 @@ class CheckpointError(RecipeError):
 FEW = 8  # names that are all told
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown `word`: the nearest of the `known` ones, and all of them where they are few."""
+def nearest(word: str, known: Iterable[str], shown: Mapping[str, object] | None = None) -> str:
+    """Return a hint for an unknown `word`: the nearest of the `known` ones, and all of them where they are few.
+
+    `shown` has what is said in place of a name.
+    """
     names = sorted(str(name) for name in known)
+    texts = {name: str((shown or {}).get(name, name)) for name in names}
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    every = f"known: {', '.join(names)}"
+    every = f"known: {', '.join(texts.values()) or 'none'}"
     if not close:
         return every
-    return f"did you mean '{close[0]}'?" + (f" ({every})" if 1 < len(names) <= FEW else "")
+    return f"did you mean '{texts[close[0]]}'?" + (f" ({every})" if 1 < len(names) <= FEW else "")
 
 
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -52,18 +56,18 @@ def storage_failure(error: Exception) -> str | None:
     return None
 
 
-def exit_code(error: Exception, lost: str) -> int:
+def exit_code(error: Exception, advice: str) -> int:
     """Say on stderr what a command failed of; return 2 for a mistake in what was given, 4 for the disk.
 
     Args:
         error: what was raised; raised again where it is neither.
-        lost: what became of the work where the disk failed, and what to do.
+        advice: what became of the work where the disk failed, and what to do.
     """
     if isinstance(error, RecipeError):
         sys.stderr.write(f"error: {error}\n")
         return 2
     if failure := storage_failure(error):
-        sys.stderr.write(f"error: {failure}; {lost}\n")
+        sys.stderr.write(f"error: {failure}; {advice}\n")
         return 4
     if isinstance(error, OSError):
         sys.stderr.write(f"error: {error}\n")

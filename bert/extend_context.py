@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import os
 import shutil
 import sys
@@ -30,7 +31,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bert.checkpoint import Model, save_original
+from bert.checkpoint import Model, read_config, save_original
 from bert.configuration import M2BertConfig
 from bert.convert import read_source
 from bert.data.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -46,6 +47,9 @@ POSITION_TABLE = "embeddings.position_embeddings.weight"
 FILTER_POSITIONS = {".position_features": ".times", ".pos_emb.z": ".pos_emb.t"}
 POSITION_IDS = "embeddings.position_ids"  # of the original: 0, 1, ...
 WEIGHTS = "model.pt"  # an original's checkpoint, extended
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".onnx")  # of a Hugging Face folder: not copied, but written anew
+
+log = logging.getLogger(__name__)
 
 
 def extend_state_dict(state: Mapping[str, Tensor], length: int, mode: str) -> dict[str, Tensor]:
@@ -84,7 +88,7 @@ def extend_state_dict(state: Mapping[str, Tensor], length: int, mode: str) -> di
 
 
 def extend(source: str | os.PathLike[str], length: int, mode: str, out: str | os.PathLike[str]) -> Path:
-    """Extend a model and write it in the form it has.
+    """Extend a model and write it in the form it has, weights in fp32.
 
     Args:
         source: a checkpoint saved by main.py or its folder; an original checkpoint (.pt, .bin, .safetensors), with the
@@ -128,10 +132,17 @@ def _extend_into(path: Path, length: int, mode: str, folder: Path) -> str:
         raise CheckpointError(f"{file} is a fine-tuning job's: make a folder of it first (python -m bert.convert)")
     beside = file.with_name("config.json")
     source = read_source(file, beside if beside.is_file() else None)
+    for note in source.notes:
+        log.warning("%s", note)
     save_original(_longer_model(source.model, length, mode), folder / WEIGHTS)
     for name in TOKENIZER_FILES:
         if (file.parent / name).is_file():
             shutil.copy(file.parent / name, folder / name)
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        settings = read_config(tokenizer_config)
+        longest = max(length, settings.get("model_max_length") or 0)
+        tokenizer_config.write_text(json.dumps({**settings, "model_max_length": longest}, indent=2), encoding="utf-8")
     return WEIGHTS
 
 
@@ -176,6 +187,10 @@ def _extend_folder(path: Path, length: int, mode: str, folder: Path) -> None:
     tokenizer = None if source.tokenizer_name is None else load_tokenizer(source.tokenizer_name)
     model = _longer_model(source.model, length, mode)
     write_folder(folder, model, tokenizer, pooling=source.pooling, origin=origin)
+    for file in path.iterdir():  # a licence, for one
+        other = file.suffix not in WEIGHT_SUFFIXES and not file.name.endswith(".index.json")
+        if file.is_file() and other and not (folder / file.name).exists():
+            shutil.copy(file, folder / file.name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,8 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: nothing was written\n")
         return 130
-    except (RecipeError, OSError, RuntimeError, SafetensorError) as error:
-        if "alloc" in str(error):  # torch has no class for it
+    except (RecipeError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        # Torch has no class of its own for it on a CPU.
+        if isinstance(error, MemoryError) or (type(error) is RuntimeError and "memory" in str(error)):
             error = RecipeError(f"LENGTH: a model for {arguments.length:,} tokens does not fit into memory")
         return exit_code(error, "nothing was written: make room and give the same command again")
     sys.stdout.write(f"{written}: up to {arguments.length} tokens ({arguments.mode})\n")

@@ -24,7 +24,7 @@ from bert.composer_models import HuggingFaceBert
 from bert.data.word_cache import encodes_pieces_alone
 from bert.errors import DataError, RecipeError, nearest
 from bert.modeling import M2BertForMaskedLM
-from bert.trained import OWN_POOLING, Network, open_model
+from bert.trained import OWN_POOLING, Network, gives_sentence_embeddings, open_model
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,10 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-def check_pooling(pooling: str) -> None:
-    """Raise RecipeError unless `pooling` is one of POOLINGS."""
-    if pooling not in POOLINGS:
-        raise RecipeError(f"pooling '{pooling}': {nearest(pooling, POOLINGS)}")
+def check_pooling(pooling: str, known: Sequence[str] = POOLINGS) -> None:
+    """Raise RecipeError unless `pooling` is one of those known."""
+    if pooling not in known:
+        raise RecipeError(f"pooling '{pooling}': {nearest(pooling, known)}")
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int, *, equal: bool) -> Iterator[list[int]]:
@@ -188,9 +188,8 @@ class LoadedModel:
             RecipeError: an unknown pooling, or a length that the model does not take.
         """
         pooling = self.pooling if pooling is None else pooling
-        if pooling != OWN_POOLING:
-            check_pooling(pooling)
-        elif not getattr(self.network.config, "gather_sentence_embeddings", False):
+        check_pooling(pooling, (*POOLINGS, OWN_POOLING))
+        if pooling == OWN_POOLING and not gives_sentence_embeddings(self.network):
             raise RecipeError(f"pooling '{OWN_POOLING}': this model gives no sentence embeddings itself; mean or first")
         limit = self.max_length if max_length is None else max_length
         if not 2 <= limit <= self.max_length:
@@ -339,7 +338,7 @@ def load(
     except RuntimeError:
         target = None
     if target is None or target.type not in DEVICES:
-        raise RecipeError(f"device '{device}': this runs on {' or '.join(DEVICES)}")
+        raise RecipeError(f"device '{device}': give {' or '.join(DEVICES)}, or one of several such as cuda:1")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
     opened = open_model(path, tokenizer)

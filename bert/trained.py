@@ -158,7 +158,7 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
         if file is None:
             raise CheckpointError(f"{place} has a config.json, but none of {', '.join(WEIGHT_FILES)}")
         network = _from_folder(place, file)
-        about = {"pooling": _own_pooling(network) or folder_pooling(place)}
+        about = {"pooling": OWN_POOLING if gives_sentence_embeddings(network) else folder_pooling(place)}
         return OpenedModel(network, _tokenizer_of(tokenizer, place, network.config.vocab_size), about, file)
     file = place / LATEST_NAME if place.is_dir() else place
     if place.is_dir() and not file.exists():
@@ -166,7 +166,7 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
     if file.suffix == ".safetensors" or not has_record(load_checkpoint_file(file)):
         beside = file.with_name("config.json")
         original = load_original(file, read_config(beside) if beside.is_file() else {}, None)
-        about = {"pooling": _own_pooling(original) or "mean"}
+        about = {"pooling": OWN_POOLING if gives_sentence_embeddings(original) else "mean"}
         return OpenedModel(original, _tokenizer_of(tokenizer, file.parent, original.config.vocab_size), about, file)
     trained = load_trained(file)
     found = trained.tokenizer(tokenizer)
@@ -174,8 +174,9 @@ def open_model(path: str | os.PathLike[str], tokenizer: str | None = None) -> Op
     return OpenedModel(trained.model.model.eval(), found, trained.record, file)
 
 
-def _own_pooling(network: Network) -> str | None:
-    return OWN_POOLING if getattr(network.config, "gather_sentence_embeddings", False) else None
+def gives_sentence_embeddings(network: Network) -> bool:
+    """Say whether a model gives sentence embeddings itself."""
+    return isinstance(network, M2BertForSequenceClassification) and network.config.gather_sentence_embeddings
 
 
 def folder_pooling(folder: Path) -> str:

@@ -49,7 +49,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     elif path.is_file():
         tokenizer = _from_file(path)
     elif path.suffix in {".txt", ".json"} or is_local(name_or_path):
-        raise DataError(f"tokenizer '{name_or_path}': there is no such file or folder")
+        raise DataError(f"tokenizer '{name_or_path}': there is no such file or folder (the Hub was not asked)")
     else:
         tokenizer = _from_pretrained(name_or_path)
     missing = [role for role in ROLES if getattr(tokenizer, f"{role}_token_id", None) is None]

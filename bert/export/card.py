@@ -11,6 +11,8 @@ from bert.checkpoint import Model
 from bert.modeling import M2BertForMaskedLM
 
 UNSTATED = "Not stated by the source."
+SECTIONS = {"data": "Data", "metrics": "Metrics", "recipe": "Recipe", "versions": "Versions"}
+_OWN_CARD = "# Runs modeling_m2_bert.py of the folder."
 
 
 def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> str:
@@ -44,7 +46,7 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
         "```python",
         f"from transformers import {auto}",
         "",
-        "# Runs modeling_m2_bert.py of the folder.",
+        _OWN_CARD,
         f"model = {auto}.from_pretrained(folder, trust_remote_code=True)",
         "```",
         "",
@@ -58,7 +60,7 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
         ]
     if not has_tokenizer:
         lines += ["The folder has no tokenizer: none was known or given when it was made.", ""]
-    for title, key in (("Data", "data"), ("Metrics", "metrics"), ("Recipe", "recipe"), ("Versions", "versions")):
+    for key, title in SECTIONS.items():
         lines += [f"## {title}", "", *_section(origin.get(key), key), ""]
     weights = f"{license_name}." if license_name else UNSTATED
     lines += ["## Licence", "", f"Weights: {weights} The modelling file: Apache-2.0.", ""]
@@ -68,15 +70,28 @@ def model_card(model: Model, has_tokenizer: bool, origin: Mapping[str, Any]) -> 
 
 
 def read_card(folder: Path) -> dict[str, str]:
-    """Return what a folder's README.md says for `model_card`'s origin: "license" and "card"; empty without one."""
+    """Return what a folder's README.md says, for the origin that `model_card` takes; empty without one.
+
+    Of a card that `model_card` wrote that is its sections, of another one its licence and the whole of it.
+    """
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+        text = (folder / "README.md").read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
         return {}
-    head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    license_name = re.search(r"^license: *([A-Za-z0-9.+-]+) *$", head[1], re.MULTILINE) if head else None
+    head = re.match(r"---\n(.*?)\n---(?:\n|$)", text, re.DOTALL)
     card = (text[head.end() :] if head else text).strip()
-    return {**({"license": license_name[1]} if license_name else {}), **({"card": card} if card else {})}
+    license_name = re.search(r"^license:\s*(?:-\s*)?[\"']?([A-Za-z0-9.+-]+)", head[1], re.MULTILINE) if head else None
+    found = {"license": license_name[1]} if license_name else {}
+    if _OWN_CARD not in card:
+        return {**found, **({"card": card} if card else {})}
+    for key, title in SECTIONS.items():
+        section = re.search(rf"^## {title}\n\n(.*?)\n\n(?=## )", card, re.DOTALL | re.MULTILINE)
+        if section and section[1] != UNSTATED:
+            found[key] = section[1].removeprefix("```yaml\n").removesuffix("\n```") if key == "recipe" else section[1]
+    quoted = re.search(r"^## The source's card\n\n(.*)", card, re.DOTALL | re.MULTILINE)
+    if quoted:
+        found["card"] = re.sub(r"^> ?", "", quoted[1].strip(), flags=re.MULTILINE)
+    return found
 
 
 def _section(value: Any, key: str) -> list[str]:

@@ -165,7 +165,7 @@ def read_rows(place: Place, task: Task, first: int | None = None) -> Rows:
     texts: list[tuple[str, ...]] = []
     labels: list[float] = []
     columns = [name for template in task.text for name in _columns_of(template)] + [task.label] * labelled
-    torn = 0
+    torn, number = 0, 0
     for number, row in enumerate(itertools.islice(_records(place, task), first), 1):
         if not isinstance(row, Mapping):
             raise DataError(
@@ -185,10 +185,10 @@ def read_rows(place: Place, task: Task, first: int | None = None) -> Rows:
             labels.append(_label(row[task.label], task, f"{place}, row {number}"))
     if torn and place.split in task.test:  # predictions are numbered by row
         raise DataError(f"{place.task}: {place}: {torn} rows with missing or surplus fields")
-    if torn:
-        log.warning("%s: %d rows with missing or surplus fields are left out", place, torn)
-    if not texts:
+    if not texts and number != first:  # of a longer file the rest is not known
         raise DataError(f"{place.task}: {place} has no rows")
+    if torn and first is None:
+        log.warning("%s: %d rows with missing or surplus fields are left out", place, torn)
     for warning in count_warnings(task, place.split, len(texts)) if first is None else []:
         log.warning("%s: %s: %s", place.task, warning, place)
     return Rows(texts, labels if labelled else None)

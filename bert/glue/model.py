@@ -175,7 +175,7 @@ class Start:
             raise CheckpointError(f"checkpoint: {path} is none of .pt, .bin and .safetensors")
         name = self.checkpoint
         if path.suffix in (".pt", ".bin", ".safetensors") or is_local(name):
-            raise CheckpointError(f"checkpoint: {name} does not exist")
+            raise CheckpointError(f"checkpoint: {name} does not exist here (the Hub was not asked)")
         return "hugging_face"
 
     def identity(self) -> dict[str, Any]:

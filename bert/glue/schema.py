@@ -68,7 +68,7 @@ class GlueConfig(Settings):
     tasks: dict[str, Any] = field(default_factory=dict)  # name -> settings of its own, {} for none, null: left out
     only: list[str] | None = None  # names of the tasks to run out of these; null: all
     test: bool = False  # also predict the test splits, and write the leaderboard's files (the same as --test)
-    dry_run: bool = False  # check everything, print the jobs and which of them are done, and stop
+    dry_run: bool = False  # check settings, model and the files' first rows, print the jobs and their state, and stop
 
     # --- data
     data: str = "hub:nyu-mll/glue"  # hub:NAME, or a folder with a sub-folder a task (TSV, CSV, JSONL or Parquet)

@@ -26,7 +26,7 @@ from rich.logging import RichHandler
 from bert.errors import DataError, RecipeError
 from bert.glue import job as jobs
 from bert.glue import report
-from bert.glue.data import HUB, hub_commit, locate, read_rows
+from bert.glue.data import HUB, Place, hub_commit, locate, read_rows
 from bert.glue.job import JobSpec
 from bert.glue.model import Start, check_fits
 from bert.glue.results import Results
@@ -121,6 +121,12 @@ def run(config: GlueConfig, command: Sequence[str]) -> int:
     return 0 if all(job.state == DONE for job in sweep.jobs) else 1
 
 
+def _check_beginning(place: Place, task: Task) -> None:
+    """Raise DataError where the first rows of a file cannot be read; Hub data is not fetched for it."""
+    if place.file is not None:
+        read_rows(place, task, first=CHECKED_ROWS)
+
+
 class Sweep:
     """The jobs of a configuration, and their processes.
 
@@ -182,8 +188,7 @@ class Sweep:
             splits = [task.train, *task.validation]
             places = {name: locate(plan.name, task, name, config.data, self.revisions) for name in splits}
             for place in places.values():
-                if place.file is not None:
-                    read_rows(place, task, first=CHECKED_ROWS)
+                _check_beginning(place, task)
             identities[plan.name] = {name: place.identity() for name, place in places.items()}
             predictions[plan.name] = []
             if config.test:
@@ -197,12 +202,14 @@ class Sweep:
         return identities, predictions
 
     def _predicted(self, name: str, task: Task, split: str) -> dict[str, Any]:
+        place = locate(name, task, split, self.config.data, self.revisions)
+        _check_beginning(place, task)
         return {
             "task": name,
             "split": split,
             "file": task.submission.get(split, f"{name}-{split}"),
             "names": task.submit_names,
-            "data": locate(name, task, split, self.config.data, self.revisions).identity(),
+            "data": place.identity(),
         }
 
     # --- what a job is

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from composer import algorithms, callbacks, loggers, optim
-from composer.core import Algorithm, Callback, Precision, Time, TimeUnit
+from composer.core import Algorithm, Callback, Precision, Time
 from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler
 from composer.utils.parallelism import FSDP2Config, FSDPConfig, TPConfig
@@ -235,11 +235,13 @@ def _check_warmup(config: TrainConfig) -> None:
     given = config.scheduler.get("t_warmup")
     if given is None:
         return
-    check_time("scheduler.t_warmup", str(given))
-    warmup, total = Time.from_timestring(str(given)), Time.from_timestring(config.max_duration)
-    whole = {TimeUnit.DURATION: 1, total.unit: total.value}.get(warmup.unit)  # another unit: Composer's to compare
-    if whole is not None and warmup.value >= whole > 0:
-        raise RecipeError(f"scheduler.t_warmup: {given} is no less than the run's max_duration, {config.max_duration}")
+    t_max = config.scheduler.get("t_max", "1dur")
+    for key, limit in (("max_duration", config.max_duration), ("scheduler.t_max", t_max), ("the run", "1dur")):
+        check_time("scheduler.t_warmup", str(given))
+        check_time(key, str(limit))
+        warmup, end = Time.from_timestring(str(given)), Time.from_timestring(str(limit))
+        if warmup.unit == end.unit and warmup.value >= end.value > 0:  # another unit: Composer's to compare
+            raise RecipeError(f"scheduler.t_warmup: {given} is no less than {key}, {limit}")
 
 
 def check_config(config: TrainConfig) -> None:

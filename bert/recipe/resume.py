@@ -80,7 +80,7 @@ def starting_point(config: TrainConfig) -> StartingPoint | None:
             f"{folder} already holds checkpoints ({found[-1].name}): go on from the last with autoresume=true, start "
             "over with save_overwrite=true, or choose another run_name"
         )
-    if found and start is None:
+    if found and (config.load_path is None or config.load_weights_only):
         log.warning("%s: starting over beside checkpoints (to %s); autoresume=true would go on", folder, found[-1].name)
     return start
 

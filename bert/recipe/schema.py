@@ -184,11 +184,8 @@ def _read_yaml(path: Path, readers: tuple[Path, ...], folder: Path) -> DictConfi
         values = OmegaConf.load(path)
     except FileNotFoundError:
         found = {p.stem: p for place in (folder, path.parent) for p in place.glob("*.yaml")}
-        hint = nearest(path.stem, found)
-        for stem in sorted(found, key=len, reverse=True):  # the file, not its stem alone
-            hint = hint.replace(f"'{stem}'", f"'{found[stem]}'")
         asked = f"{readers[-1]}: its base " if readers else ""
-        raise RecipeError(f"{asked}{path} does not exist: {hint}") from None
+        raise RecipeError(f"{asked}{path} does not exist: {nearest(path.stem, found, found)}") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, DictConfig):

@@ -52,7 +52,7 @@ def evaluation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
     Each sine multiplies what came before it, rounding too, by its frequency: in fp32 taps differ by some 1e-6 of their
     size, and gradients by 1e-5, with the order of sums, so with the length of a batch. Where all else is exact to fp32
-    they are fp64.
+    all but the last product is fp64, and in training with the GPU's kernels that too (`two_sided_taps`).
     """
     return torch.float64 if exact_in_fp32(dtype, device) else torch.promote_types(dtype, torch.float32)
 

@@ -11,6 +11,7 @@ from bert.checkpoint import load_original, read_state_dict, to_original
 from bert.configuration import M2BertConfig
 from bert.data.tokenizer import train_wordpiece
 from bert.errors import CheckpointError
+from bert.export.card import model_card, read_card
 from bert.export.folder import load_exported
 from bert.export.sources import modeling_source
 from bert.glue.model import Start, build_classifier, save_finetuned
@@ -506,3 +507,24 @@ def test_a_folder_is_not_named_like_its_weights(original, capsys):
     folder, _, _ = original
     assert run(folder / "golden.pt", folder / "m2.safetensors", "--config", folder / "config.json") == 2
     assert "give the name of a folder" in capsys.readouterr().err and not (folder / "m2.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: 'mit'\n---\n# A\n\nb", {"license": "mit", "card": "# A\n\nb"}),
+        ("\ufeff---\nlicense:\n- apache-2.0  # c\ntags: [x]\n---", {"license": "apache-2.0"}),
+        ("# A", {"card": "# A"}),
+        ("", {}),
+    ],
+)
+def test_what_a_card_says_is_read(tmp_path, text, expected):
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert read_card(tmp_path) == expected
+    model = M2BertForMaskedLM(M2BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, intermediate_size=8))
+    origin = {**expected, "source": "a test", "data": "Words.", "recipe": "a: 1\n\nb: 2", "metrics": {"loss": 1.5}}
+    (tmp_path / "README.md").write_text(model_card(model, True, origin), encoding="utf-8")
+    read = read_card(tmp_path)
+    assert read == {**expected, "data": "Words.", "recipe": "a: 1\n\nb: 2", "metrics": "- loss: 1.5"}
+    (tmp_path / "again.md").write_text(model_card(model, True, {**read, "source": "a test"}), encoding="utf-8")
+    assert (tmp_path / "again.md").read_text(encoding="utf-8") == (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -415,8 +415,13 @@ def test_models_with_a_classifier_embed_too(folders, tmp_path):
             np.testing.assert_allclose(model.encode(TEXTS, normalize=name == "own"), expected, atol=1e-5)
             with pytest.raises(RecipeError, match="no head that predicts words"):
                 model.fill_mask(["the [MASK]"])
-    with pytest.raises(RecipeError, match="gives no sentence embeddings itself"):
-        load(folders / "m2", device="cpu").encode(TEXTS, pooling="own")
+    masked = M2BertForMaskedLM(M2BertConfig(**{**fields, "gather_sentence_embeddings": True}))  # which it cannot give
+    masked.save_pretrained(tmp_path / "masked")
+    model = load(tmp_path / "masked", tokenizer=str(folders / "m2"), device="cpu")
+    assert model.pooling == "mean" and model.encode(TEXTS).shape == (len(TEXTS), 16)
+    for given in (model, load(folders / "m2", device="cpu")):
+        with pytest.raises(RecipeError, match="gives no sentence embeddings itself"):
+            given.encode(TEXTS, pooling="own")
 
 
 def test_one_text_in_place_of_a_list_is_an_error(folders):

@@ -156,6 +156,7 @@ def test_all_of_an_exported_folder_is_for_the_new_length(tmp_path, tokenizer):  
     (tmp_path / "old").mkdir()
     origin = {"source": "a test", "license": "mit", "data": "Words of one syllable."}
     write_folder(tmp_path / "old", make_model(vocab_size=64), tokenizer, pooling="first", origin=origin)
+    (tmp_path / "old" / "LICENSE").write_text("MIT")
     new = extend(tmp_path / "old", 50, "tile", tmp_path / "new")
     assert {path.name for path in new.rglob("*")} == {path.name for path in (tmp_path / "old").rglob("*")}
     for name, field in (("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")):
@@ -167,7 +168,10 @@ def test_all_of_an_exported_folder_is_for_the_new_length(tmp_path, tokenizer):  
         and "at most 50 tokens" in card
         and "extended to 50 tokens (tile)" in card
     )
-    assert "> Words of one syllable." in card.split("## The source's card")[1]
+    assert "## Data\n\nWords of one syllable.\n" in card and (new / "LICENSE").read_text() == "MIT"
+    again = (extend(new, 60, "tile", tmp_path / "again") / "README.md").read_text()
+    assert "60 tokens" in again and "50 tokens" not in again
+    assert again.split("## Data")[1] == card.split("## Data")[1]
 
 
 def test_an_original_checkpoint_keeps_the_configuration_it_holds(tmp_path, tokenizer):  # noqa: F811
@@ -175,6 +179,7 @@ def test_an_original_checkpoint_keeps_the_configuration_it_holds(tmp_path, token
     save_original(model, tmp_path / "old.pt")
     tokenizer.save_pretrained(tmp_path)
     longer = load(extend(tmp_path / "old.pt", 50, "keep-taps", tmp_path / "new"), device="cpu")
+    assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())["model_max_length"] >= 50
     config = longer.network.config
     assert (config.mask_padding, config.layer_norm_eps, config.hyena_w_mod, config.long_conv_l_max) == (
         True,
@@ -192,9 +197,12 @@ def test_what_cannot_be_extended_or_written_is_said(checkpoint, capsys):  # noqa
     for arguments, message in (
         (["40", "--out", folder / "file" / "below"], "file"),
         (["10000000000000", "--out", folder / "new"], "does not fit into memory"),
+        (["40", "--out", folder / "file"], "exists already"),
     ):
         assert extend_context.main([str(folder), *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err
+    assert extend_context.main([str(folder / "allocated memory.pt"), "40", "--out", str(folder / "new")]) == 2
+    assert "there is no file" in capsys.readouterr().err
     torch.save({"kind": FINETUNED}, folder / "job.pt")
     assert extend_context.main([str(folder / "job.pt"), "40", "--out", str(folder / "new")]) == 2
     assert "fine-tuning job" in capsys.readouterr().err and not (folder / "new").exists()

@@ -71,6 +71,16 @@ def test_torn_lines_and_other_row_counts_are_said(tmp_path: Path, caplog: pytest
     assert "1 rows, but the data set is known to have 872" in caplog.text
 
 
+def test_the_first_rows_of_a_longer_file_may_all_be_torn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = ["sentence\tlabel", "torn", "torn", "a\t0"]
+    write(tmp_path / "SST-2" / "dev.tsv", lines)
+    place = locate("sst2", TASKS["sst2"], "validation", str(tmp_path))
+    assert read_rows(place, TASKS["sst2"], first=2).texts == [] and not caplog.text
+    write(tmp_path / "SST-2" / "dev.tsv", lines[:2])
+    with pytest.raises(DataError, match="has no rows"):
+        read_rows(place, TASKS["sst2"], first=2)
+
+
 def test_a_torn_line_of_a_test_split_would_shift_the_predictions(tmp_path: Path) -> None:
     write(tmp_path / "SST-2" / "test.tsv", ["index\tsentence", "0\ta", "torn"])
     with pytest.raises(DataError, match=r"test\.tsv: 1 rows with missing or surplus fields"):

@@ -258,10 +258,16 @@ def test_what_is_done_is_not_done_again_for_the_test_splits(recipe: Recipe, tmp_
         assert set(archive.namelist()) == {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv", "STS-B.tsv", "X.tsv"}
 
 
-def test_what_is_wrong_with_a_test_split_is_said_before_the_training(recipe: Recipe, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_test_split_is_said_before_the_training(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_glue(tmp_path / "glue")
+    command = [str(recipe(tasks={"cola": {}}, seeds=[1], data=str(data))), "--test"]
     write(data / "CoLA" / "test.tsv", ["index\tsentence", "0\tgood cat", "torn"])
-    assert sweep.main([str(recipe(tasks={"cola": {}}, seeds=[1], data=str(data))), "--test"]) == 1
+    assert sweep.main(command) == 2
+    assert "test.tsv: 1 rows with missing or surplus fields" in capsys.readouterr().err
+    write(data / "CoLA" / "test.tsv", ["index\tsentence", *["0\tgood cat"] * sweep.CHECKED_ROWS, "torn"])
+    assert sweep.main(command) == 1
     (failed,) = summary(tmp_path / "sweep")["failed"]
     assert "test.tsv: 1 rows with missing or surplus fields" in failed["reason"]
     assert not (tmp_path / "sweep" / "results.jsonl").exists()

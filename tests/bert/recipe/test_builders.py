@@ -173,6 +173,9 @@ def test_a_warm_up_that_takes_the_whole_run_is_refused(warmup: str, duration: st
     overrides = [f"scheduler.t_warmup={warmup}", f"max_duration={duration}"]
     with pytest.raises(RecipeError, match=f"t_warmup: {warmup} is no less than"):
         check_config(load_config("yamls/pretrain/m2-base.yaml", overrides))
+    overrides = [f"scheduler.t_warmup={warmup}", f"scheduler.t_max={duration}", "max_duration=1000ba"]
+    with pytest.raises(RecipeError, match=f"t_warmup: {warmup} is no less than"):
+        check_config(load_config("yamls/pretrain/m2-base.yaml", overrides))
 
 
 @pytest.mark.parametrize(
