@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,11 @@ class StudyResults:
             if run["kind"] == "pretrain" and self._job(run).get("grid"):
                 found.setdefault(run["study"]["job"], []).append(run)
         return found
+
+    def points(self, job: str) -> int:
+        """The number of runs of a job with a grid."""
+        config = self.about["jobs"][job]
+        return math.prod(map(len, config["grid"].values())) * max(1, len(config.get("seeds") or []))
 
     def by_job(self) -> dict[str, list[dict[str, Any]]]:
         """The pretraining runs of each job that is no search: one for each seed."""
@@ -102,8 +108,14 @@ def pretraining_table(study: StudyResults) -> Rows:
     head = ("run", "parameters", "learning rate", "seeds", "steps", "tokens", "loss", "accuracy", "tokens/s", "MFU")
     whole = f"the paper's {published.POSITIONS / 1e9:.1f} B tokens on {PAPER_DEVICES}"
     rows = [[*head, "minutes", whole]]
-    for job, runs in study.by_job().items():
+    by_outcome = [
+        [run for run in runs if (run["study"]["outcome"] == "finished") is finished]
+        for runs in study.by_job().values()
+        for finished in (True, False)
+    ]
+    for runs in filter(None, by_outcome):  # what was cut off is no seed of what was not
         first = runs[0]
+        job = first["study"]["job"]
         outcomes = {run["study"]["outcome"] for run in runs} - {"finished"}
         name = job + (f" ({', '.join(sorted(outcomes))})" if outcomes else "")
         speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"]]
@@ -113,7 +125,7 @@ def pretraining_table(study: StudyResults) -> Rows:
             [
                 name,
                 f"{first['parameters']:,}",
-                f"{float(first['lr']):g}",
+                "" if first["lr"] is None else f"{float(first['lr']):g}",
                 f"{len(runs)}",
                 f"{first['steps']:,}",
                 f"{first['tokens'] / 1e6:,.1f} M",
@@ -128,8 +140,8 @@ def pretraining_table(study: StudyResults) -> Rows:
     return rows
 
 
-def search_table(runs: Sequence[Mapping[str, Any]]) -> Rows:
-    """A header, and a line a grid point, the best marked."""
+def search_table(runs: Sequence[Mapping[str, Any]], points: int) -> Rows:
+    """A header, and a line a grid point, the best marked; `points` is how many there are to be."""
     losses = [run["evaluation_loss"] for run in runs if run["study"]["outcome"] == "finished"]
     best = min((loss for loss in losses if loss is not None), default=None)
     rows = [["values", "steps", "evaluation loss"]]
@@ -138,7 +150,7 @@ def search_table(runs: Sequence[Mapping[str, Any]]) -> Rows:
         loss, outcome = run["evaluation_loss"], run["study"]["outcome"]
         text = "" if loss is None else f"{loss:.3f}"
         if outcome == "finished":
-            text += " (best)" if loss == best else ""
+            text += "" if loss != best else " (best)" if len(runs) >= points else " (best of those run)"
         else:
             text = outcome
         rows.append([values, f"{run['steps']:,}", text])
@@ -277,7 +289,7 @@ def page_of(study: StudyResults, picture: str | None) -> str:
     if picture is not None:
         parts.append(f"![loss curves]({picture})\n")
     for job, runs in study.searches().items():
-        parts.append(f"### Search: {job}\n\n{markdown(search_table(runs))}")
+        parts.append(f"### Search: {job}\n\n{markdown(search_table(runs, study.points(job)))}")
     if list(study.of_kind("glue")):
         note = (
             "Dev scores in hundredths, in the paper's convention: mean ± standard deviation over seeds at the best "

@@ -39,8 +39,9 @@ def split_article(text: str, query: str) -> tuple[str, str] | None:
         return (title, body) if title and body else None
     words = body
     for article in ("", "the ", "a ", "an "):
-        if words.lower().startswith(f"{article}{title.lower()}"):
-            words = words[len(article) + len(title) :].lstrip(" ,:;.-")
+        end = len(article) + len(title)
+        if words.lower().startswith(f"{article}{title.lower()}") and not words[end : end + 1].isalnum():
+            words = words[end:].lstrip(" ,:;.-")
             break
     return (title, words) if title and words else None
 
@@ -60,7 +61,7 @@ def article_pairs(
     sources: Sequence[str], query: str, min_characters: int, validation: int, test: int
 ) -> Iterator[tuple[str, str, str]]:
     """Yield (split, query, document) of every article in the files that is long enough and can be split."""
-    for text in FileSource(sources).documents():
+    for text in FileSource(sources, text_documents="file").documents():
         pair = split_article(text, query)
         if pair is not None and len(pair[1]) >= min_characters:
             yield split_of(text.strip().partition("\n")[0], validation, test), *pair
@@ -90,7 +91,7 @@ def write_pairs(
         limits: most pairs of a split, by name.
 
     Raises:
-        DataError: a source cannot be read.
+        DataError: a source cannot be read, or has no article that can be split; earlier files are kept.
     """
     out.mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(SPLITS, 0)
@@ -107,6 +108,11 @@ def write_pairs(
                 counts[split] += 1
                 record = {"query": question, "document": document[:max_characters]}
                 files[split].write(json.dumps(record, ensure_ascii=False) + "\n")
+        if not any(counts.values()):
+            raise DataError(
+                "no article gives a pair: the first line is the title, then paragraphs; a document has at least "
+                f"{min_characters} characters (--min-characters); in .txt an article is a file"
+            )
         for name, path in temporary.items():
             os.replace(path, out / f"{name}.jsonl")
     finally:
@@ -138,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.validation + arguments.test >= _BUCKETS:
             raise DataError("--validation and --test are thousandths, and leave nothing to train on")
+        if min(arguments.validation, arguments.test, arguments.min_characters, *limits.values()) < 0:
+            raise DataError("numbers of pairs, characters and thousandths are not negative")
         counts = write_pairs(
             arguments.source,
             arguments.out,

@@ -189,11 +189,21 @@ def _csv(stream: IO[bytes], path: Path, column: str) -> Iterator[str | BrokenRec
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a long document
     # Bytes that are not UTF-8 become lone surrogates, which `text_field` finds, row by row.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.DictReader(text, restval=None)
+    rows = csv.DictReader(text, restval=None, strict=True)  # else a quote that is left open takes the rest of the file
     columns = [str(name) for name in rows.fieldnames or []]
     _require_column(path, column, columns)
-    for row in rows:
-        yield text_field(row, column, f"line {rows.line_num}")
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield BrokenRecord(f"line {rows.line_num}", f"it is no CSV: {error}")
+            continue
+        if None in row:  # as where a text with commas is not quoted: its rest would be lost
+            yield BrokenRecord(f"line {rows.line_num}", "it has more fields than the header")
+        else:
+            yield text_field(row, column, f"line {rows.line_num}")
 
 
 def _parquet(path: Path, progress: ReadProgress, column: str) -> Iterator[str | BrokenRecord]:

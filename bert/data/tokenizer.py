@@ -137,6 +137,9 @@ def _from_vocabulary(path: Path) -> PreTrainedTokenizerFast:
     missing = [token for token in _BERT_TOKENS if token not in tokens]
     if missing:
         raise DataError(f"tokenizer '{path}': a WordPiece vocabulary needs {', '.join(missing)}, one token a line")
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for token in tokens if tokens.count(token) > 1)
+        raise DataError(f"tokenizer '{path}': '{twice}' is in more than one line, and ids are the lines' numbers")
     return BertTokenizerFast(vocab_file=str(path))
 
 

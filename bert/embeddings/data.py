@@ -95,8 +95,10 @@ def build_pair_loader(
     """Build the loader of one split; Composer seeds the order and skips what a resumed run has seen.
 
     Raises:
-        DataError: training pairs do not fill one global batch.
+        DataError: training pairs do not fill one global batch, or there are none to evaluate.
     """
+    if not len(pairs):
+        raise DataError(f"split '{config.dataset.split}' has no pairs; eval_loader=null goes without an evaluation")
     if train and len(pairs) < device_batch_size * dist.get_world_size():
         raise DataError(f"{len(pairs)} training pairs do not fill a batch: use a smaller global_train_batch_size")
     workers = config.num_workers > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,15 @@ class ContrastiveTask:
         return build_pair_loader(Pairs(path), loader, self.collator, device_batch_size=device_batch, train=train)
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Leave a copy of the tokenizer beside the checkpoints."""
-        if (folder / "tokenizer").exists():
-            return
+        """Leave a copy of the tokenizer beside the checkpoints, in place of another one: of a run started over."""
+        place = folder / "tokenizer"
+        if place.exists():
+            if fingerprint(load_tokenizer(str(place))) == fingerprint(self.tokenizer):
+                return
+            shutil.rmtree(place)
         temporary = folder / f".tokenizer-{os.getpid()}.tmp"
         self.tokenizer.save_pretrained(temporary)
-        os.replace(temporary, folder / "tokenizer")
+        os.replace(temporary, place)
 
 
 def whole_batches(config: TrainConfig, device_batch: int) -> TrainConfig:

@@ -243,7 +243,8 @@ def _records(place: Place, task: Task) -> Iterator[Mapping[str, Any]]:
         if name.endswith(".parquet"):
             import pyarrow.parquet
 
-            for batch in pyarrow.parquet.ParquetFile(place.file).iter_batches():
+            # No threads: a sweep looks at the first rows, and its jobs are forks of it.
+            for batch in pyarrow.parquet.ParquetFile(place.file).iter_batches(use_threads=False):
                 yield from batch.to_pylist()
             return
         with _open(place.file) as file:

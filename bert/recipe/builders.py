@@ -254,7 +254,9 @@ def check_config(config: TrainConfig) -> None:
     resolved = dataclasses.replace(config, compile=resolved_compile(config, on_gpu=True)[0])
     check_sections(resolved)
     for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
-        check_time(key, getattr(config, key))
+        check_time(key, value := getattr(config, key))
+        if Time.from_timestring(value).value <= 0 or (key == "max_duration" and value.endswith("dur")):
+            raise RecipeError(f"{key}: {value} is no length of time; write for example 100ba, 1e9tok or 2ep")
     _check_warmup(config)
     check_choice("task", config.task, list(REGISTRY["task"]))
     check_choice("device", config.device, DEVICES)

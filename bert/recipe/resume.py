@@ -195,7 +195,10 @@ def _check_shapes(path: Path, weights: Mapping[str, Any], model: nn.Module) -> N
     """Raise CheckpointError where weights have other shapes than the model's; say what to do about another length."""
     own = {name: value.shape for name, value in model.state_dict().items()}
     given = {name.removeprefix("module."): value.shape for name, value in weights.items()}
-    differ = [name for name in own if name in given and given[name] != own[name]]
+    if lacking := sorted(own.keys() ^ given.keys()):
+        where = [f"{name} ({'here' if name in own else 'there'} alone)" for name in lacking[:10]]
+        raise CheckpointError(f"load_path: {path} holds another model:\n  " + "\n  ".join(where))
+    differ = [name for name in own if given[name] != own[name]]
     if not differ:
         return
     tied = (".position_embeddings.weight", ".position_features", ".times")  # to the length: axis 0

@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--list", action="store_true", help="print the runs and their state, and stop")
     arguments = parser.parse_intermixed_args(argv)  # changes may follow --only
+    if arguments.slots is not None and arguments.slots < 1:
+        parser.error("--slots: at least 1")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("bert").setLevel("INFO")
     try:

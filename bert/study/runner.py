@@ -23,6 +23,7 @@ import torch
 from bert.composer_models import count_parameters
 from bert.errors import DataError, RecipeError, nearest
 from bert.files import write_json
+from bert.glue.schema import GlueConfig
 from bert.glue.schema import check_config as check_glue_config
 from bert.glue.schema import load_config as load_glue_config
 from bert.processes import signal_when_parent_ends, signals_as_interrupts, visible_gpus
@@ -50,7 +51,8 @@ class Plan:
     command: list[str]  # arguments of python
     key: str  # of all that it follows from: a result with another one is not this run's
     config: TrainConfig | None  # of a pretraining run
-    result: Path | None  # the JSON that it leaves for the report
+    result: Path | None  # the JSON for the report
+    written: Path | None  # that JSON while it is not known to be whole: the run writes it
     folder: Path  # what others start from
 
 
@@ -115,7 +117,7 @@ class Study:
             if run.config.pretrain is not None:
                 builders.check_config(self._pretraining(run, {}, None)[0])
             elif run.config.glue is not None:
-                check_glue_config(load_glue_config(run.config.glue, self._glue_overrides(run, "runs/x")))
+                check_glue_config(load_glue_config(run.config.glue, self._glue_overrides(run, "runs/x", None)))
             else:
                 self._command(run, None if run.config.checkpoint is None else "x", "x")
 
@@ -162,18 +164,23 @@ class Study:
     def _name(self, run: Run) -> str:
         return f"{self.config.name}-{run.name}"
 
-    def _glue_overrides(self, run: Run, checkpoint: str) -> list[str]:
+    def _glue_overrides(self, run: Run, checkpoint: str, output: Path | None) -> list[str]:
         values = {**self.config.glue_set, **run.config.set, "run_name": self._name(run)}
-        return as_overrides({**values, "checkpoint": checkpoint, "output": str(self._result(run))})
+        return as_overrides({**values, "checkpoint": checkpoint, "output": str(output)})
 
     def _command(self, run: Run, checkpoint: str | None, folder: str) -> list[str]:
-        values = {"checkpoint": checkpoint, "output": self._result(run), "folder": folder}
+        values = {"checkpoint": checkpoint, "output": self._written(run), "folder": folder}
         return [_filled(part, values, run.name) for part in run.config.command or []]
 
     def _result(self, run: Run) -> Path | None:
         if run.config.command is not None:
             return self.config.results_folder / run.config.output if run.config.output else None
         return self.config.results_folder / f"{run.name}.json"
+
+    def _written(self, run: Run) -> Path | None:
+        """Where a run's process writes its result: not over an earlier one, since it may be stopped half-way."""
+        result = self._result(run)
+        return None if result is None else self.work_folder / "written" / result.name
 
     def plan(self, run: Run) -> Plan | None:
         """How a run is made; None while a result that it follows from is missing.
@@ -192,17 +199,20 @@ class Study:
                 return None
             config, overrides = self._pretraining(run, best, steps)
             command = ["main.py", job.pretrain, *overrides]
-            return Plan(command, recipe_hash(config), config, self._result(run), run_folder(config))
+            return Plan(command, recipe_hash(config), config, self._result(run), None, run_folder(config))
         checkpoint, made_from = (None, "") if start is None else (str(start.folder), start.key)
+        follows: list[Any] = [made_from, list(job.command or [])]
         if job.glue is not None:
-            command = ["glue.py", job.glue, *self._glue_overrides(run, checkpoint or "null")]
-        else:
-            command = list(job.command or [])
-        key = hashlib.sha256(json.dumps([made_from, command]).encode()).hexdigest()[:16]
+            overrides = self._glue_overrides(run, checkpoint or "null", self._result(run))
+            follows[1] = ["glue.py", job.glue, *overrides]
+            follows.append(_settings(load_glue_config(job.glue, overrides)))
+        key = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:16]
         folder = Path("runs") / f"{self._name(run)}-{key[:6]}"
-        if job.command is not None:
+        if job.glue is not None:
+            command = ["glue.py", job.glue, *self._glue_overrides(run, checkpoint or "null", self._written(run))]
+        else:
             command = self._command(run, checkpoint, str(folder))
-        return Plan(command, key, None, self._result(run), folder)
+        return Plan(command, key, None, self._result(run), self._written(run), folder)
 
     def _best(self, run: Run) -> dict[str, Any] | None:
         """The grid values of the best run of `best_of`; {} without one, None while that job has open runs."""
@@ -369,6 +379,8 @@ class Study:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.slots)))
             path = self._log(progress.run)
             path.parent.mkdir(parents=True, exist_ok=True)
+            if progress.plan.written is not None:
+                progress.plan.written.parent.mkdir(parents=True, exist_ok=True)
             log.info("%s: python %s", progress.run.name, " ".join(progress.plan.command))
             with path.open("ab") as output:
                 # A session of its own: Ctrl-C is for the study, which then stops its runs with a checkpoint.
@@ -437,11 +449,11 @@ class Study:
             assert plan.result is not None
             made = {**provenance(plan.command), "device": device_name()}
             write_json(plan.result, {**made, **record, "study": about})
-        elif plan.result is not None and outcome == FINISHED:
+        elif plan.result is not None and plan.written is not None and outcome == FINISHED:
             try:
-                content = json.loads(plan.result.read_text(encoding="utf-8"))
+                content = json.loads(plan.written.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise DataError(f"{plan.result}, which the run was to write, cannot be read: {error}") from error
+                raise DataError(f"{plan.written}, which the run was to write, cannot be read: {error}") from error
             write_json(plan.result, {**content, "study": about})
         if outcome != UNFINISHED:
             write_json(self._marker(run), {"study": about})
@@ -488,6 +500,12 @@ class Study:
             cells = [f"{result[key]:{form}}" if result.get(key) else "" for key, form in columns]
             rows.append([progress.run.name, progress.state, *cells, progress.reason])
         return rows
+
+
+def _settings(config: GlueConfig) -> dict[str, Any]:
+    """What a sweep's YAML and changes set: a key that comes to the schema later, with its default, changes nothing."""
+    defaults = dataclasses.asdict(GlueConfig())
+    return {key: value for key, value in dataclasses.asdict(config).items() if value != defaults[key]}
 
 
 def _in_order(config: StudyConfig, only: Sequence[str]) -> list[str]:

@@ -83,6 +83,7 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> StudyCon
     for name, job in study.jobs.items():
         _check_job(study, name, job, f"{path}: jobs.{name}")
     _check_order(study, str(path))
+    _check_names(study, str(path))
     return study
 
 
@@ -103,6 +104,9 @@ def _check_job(study: StudyConfig, name: str, job: JobConfig, where: str) -> Non
     for key, other in others.items():
         if other is not None and other not in study.jobs:
             raise RecipeError(f"{where}.{key}: there is no job '{other}': {nearest(other, study.jobs)}")
+    for key, values in job.grid.items():
+        if not values:
+            raise RecipeError(f"{where}.grid: '{key}' has no values")
     if job.best_of is not None and not study.jobs[job.best_of].grid:
         raise RecipeError(f"{where}: best_of '{job.best_of}', which has no grid")
     if (job.minutes is None) != (job.speed_of is None):
@@ -117,6 +121,18 @@ def _check_job(study: StudyConfig, name: str, job: JobConfig, where: str) -> Non
             raise RecipeError(f"{where}: 'checkpoint_seed' without a checkpoint")
         if job.checkpoint_seed not in (seeds := study.jobs[job.checkpoint].seeds):
             raise RecipeError(f"{where}: {job.checkpoint_seed} is none of the seeds of '{job.checkpoint}': {seeds}")
+
+
+def _check_names(study: StudyConfig, path: str) -> None:
+    """Refuse runs of one name, and results that would share a file."""
+    runs, files = set[str](), {"study.json"}
+    for run in runs_of(study):
+        file = run.config.output if run.config.command is not None else f"{run.name}.json"
+        if run.name in runs or file in files:
+            raise RecipeError(f"{path}: jobs.{run.job}: the name {run.name}, or its result {file}, is taken already")
+        runs.add(run.name)
+        if file is not None:
+            files.add(file)
 
 
 def _check_order(study: StudyConfig, path: str) -> None:

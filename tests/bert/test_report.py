@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bert import tables
-from bert.report import main
+from bert.report import StudyResults, main, pretraining_table, search_table
 
 MADE = {
     "command": "python main.py m2-base.yaml",
@@ -145,6 +145,25 @@ def test_the_page_says_what_the_files_say(results: Path, tmp_path: Path) -> None
     assert "| base-1 | `python main.py m2-base.yaml` |" in page
     assert "](figures/wiki_loss.png)" in page
     assert (tmp_path / "docs/figures/wiki_loss.png").stat().st_size > 10_000
+
+
+def test_unfinished_seeds_are_apart_and_a_search_is_best_of_those_run() -> None:
+    study = StudyResults({"jobs": {"base": {}, "rate": {"grid": {"lr": [1, 2]}, "seeds": []}}}, Path())
+    study.runs = [
+        pretrained(2.0, about("base", "base-seed-1")),
+        pretrained(4.0, about("base", "base-seed-2", "unfinished"), lr=None),
+        pretrained(3.0, about("rate", "rate-1", point={"lr": 1})),
+    ]
+    table = pretraining_table(study)
+    assert [(row[0], row[2], row[3], row[6]) for row in table[1:]] == [
+        ("base", "0.0008", "1", "2.000"),
+        ("base (unfinished)", "", "1", "4.000"),
+    ]
+    assert study.points("rate") == 2
+    assert [search_table(study.runs[2:], points)[1][2] for points in (1, 2)] == [
+        "3.000 (best)",
+        "3.000 (best of those run)",
+    ]
 
 
 def test_without_studies_the_page_says_so(tmp_path: Path) -> None:

@@ -161,6 +161,19 @@ def test_bytes_that_are_not_utf8_in_text_and_csv(tmp_path: Path) -> None:
         assert list(FileSource([str(tmp_path / name)], max_broken=1).documents()) == ["good", "fine"]
 
 
+def test_rows_of_csv_that_would_lose_text_are_broken(tmp_path: Path) -> None:
+    """Commas that are not quoted, and a quote that is left open."""
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n1,Hello there, unquoted\n2,fine\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 2: it has more fields than the header"):
+        list(FileSource([str(path)]).documents())
+    assert list(FileSource([str(path)], max_broken=1).documents()) == ["fine"]
+    path.write_text('id,text\n1,fine\n2,"left open\n' + "3,text\n" * 50, encoding="utf-8")
+    with pytest.raises(DataError, match="it is no CSV: unexpected end of data"):
+        list(FileSource([str(path)]).documents())
+    assert list(FileSource([str(path)], max_broken=1).documents()) == ["fine"]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, kind: str) -> None:
     folder = write_files(tmp_path / "corpus", kind)

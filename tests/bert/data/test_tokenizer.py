@@ -54,6 +54,12 @@ def test_a_bare_vocabulary_is_lower_cased_as_bert_base_uncased(vocab: Path) -> N
     assert load_tokenizer(str(vocab)).tokenize("THÉ Singing") == ["the", "s", "##ing", "##ing"]
 
 
+def test_a_vocabulary_with_a_word_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\na\nthe\n", encoding="utf-8")
+    with pytest.raises(DataError, match="'the' is in more than one line"):
+        load_tokenizer(str(tmp_path / "vocab.txt"))
+
+
 def test_missing_special_tokens_are_named(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\na\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"\[SEP\], \[MASK\]"):

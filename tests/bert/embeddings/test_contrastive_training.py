@@ -6,6 +6,8 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from composer.core import State
 
 from bert import load
 from bert.configuration import M2BertConfig
-from bert.data.tokenizer import train_wordpiece
+from bert.data.tokenizer import fingerprint, load_tokenizer, train_wordpiece
 from bert.embeddings.task import ContrastiveTask
 from bert.errors import DataError, RecipeError
 from bert.modeling import M2BertForMaskedLM
@@ -164,3 +166,11 @@ def test_nor_is_a_run_begun(
 ) -> None:
     with pytest.raises(kind, match=message):
         train(load_config(contrastive[0], overrides))
+
+
+def test_a_run_started_over_has_its_own_tokenizer(tmp_path: Path) -> None:
+    first, second = (train_wordpiece([word * 3 for word in words], 40) for words in (["ab", "ba"], ["cd", "dc"]))
+    for tokenizer in (first, second, second):
+        ContrastiveTask.save_tokenizer(cast(Any, SimpleNamespace(tokenizer=tokenizer)), tmp_path)
+        assert fingerprint(load_tokenizer(str(tmp_path / "tokenizer"))) == fingerprint(tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]

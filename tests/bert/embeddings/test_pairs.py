@@ -72,7 +72,25 @@ def test_limits_of_number_and_length(tmp_path: Path) -> None:
     counts = write_pairs([source], tmp_path / "out", min_characters=1, max_characters=10, test=200, limits=limits)
     assert (counts["train"], counts["test"]) == (7, 3)
     assert {len(row["document"]) for rows in read(tmp_path / "out").values() for row in rows} == {10}
-    assert write_pairs([source], tmp_path / "none", min_characters=1000) == {"train": 0, "validation": 0, "test": 0}
+    before = read(tmp_path / "out")
+    with pytest.raises(DataError, match="no article gives a pair"):
+        write_pairs([source], tmp_path / "out", min_characters=1000)
+    assert read(tmp_path / "out") == before
+
+
+def test_articles_in_text_files_are_whole_files(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"Title {number}\n\nThe body.\n\nIts end.\n")
+    counts = write_pairs([str(tmp_path / "*.txt")], tmp_path / "out", min_characters=1, test=0, validation=0)
+    assert counts["train"] == 20
+    assert read(tmp_path / "out")["train"][0]["document"].split() == ["The", "body.", "Its", "end."]
+
+
+@pytest.mark.parametrize(
+    ("text", "document"), [("Art\n\nArtists are people.", "Artists are people."), ("Art\n\nArt, is.", "is.")]
+)
+def test_a_title_is_not_cut_out_of_a_longer_word(text: str, document: str) -> None:
+    assert split_article(text, "title") == ("Art", document)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -118,6 +120,16 @@ def test_a_failing_job_loses_itself_alone(
     tasks["cola"]["grid"]["optimizer.lr"] = [1e-2]
     assert sweep.main([str(recipe(tasks=tasks, seeds=[1]))]) == 0
     assert Counter(result["task"] for result in lines(tmp_path / "sweep")) == {"cola": 1, "own": 1}
+
+
+def test_ones_own_task_in_parquet(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for split in ("train", "validation"):
+        table = pa.table({"text": ["good cat", "bad cat"] * 60, "label": ["good", "bad"] * 60})
+        pq.write_table(table, tmp_path / "own" / f"{split}.parquet")
+    own = {"text": ["text"], "labels": ["bad", "good"], "metrics": ["accuracy"], "source": str(tmp_path / "own")}
+    assert sweep.main([str(recipe(tasks={"own": {"task": own}}, only=["own"], seeds=[1, 2]))]) == 0
+    assert summary(tmp_path / "sweep")["tasks"]["own"]["points"][0]["seeds"] == [1, 2]
 
 
 def test_a_dry_run_says_what_is_to_be_done(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,8 +179,14 @@ def test_a_warm_up_that_takes_the_whole_run_is_refused(warmup: str, duration: st
 
 
 @pytest.mark.parametrize(
-    ("warmup", "duration"), [("0.99dur", "10ba"), ("9ba", "10ba"), ("0ba", "0ba"), ("10ba", "2ep")]
+    ("warmup", "duration"), [("0.99dur", "10ba"), ("9ba", "10ba"), ("0ba", "1ba"), ("10ba", "2ep")]
 )
 def test_a_warm_up_within_the_run_is_not(warmup: str, duration: str) -> None:
     overrides = [f"scheduler.t_warmup={warmup}", f"max_duration={duration}"]
     check_config(load_config("yamls/pretrain/m2-base.yaml", overrides))
+
+
+@pytest.mark.parametrize("wrong", ["save_interval=0ba", "eval_interval=0ba", "max_duration=-5ba", "max_duration=1dur"])
+def test_times_that_never_come_are_refused(wrong: str) -> None:
+    with pytest.raises(RecipeError, match=f"{wrong.replace('=', ': ')} is no length of time"):
+        check_config(load_config("yamls/pretrain/m2-base.yaml", [wrong]))

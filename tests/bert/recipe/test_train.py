@@ -314,6 +314,8 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(
     other = [path, "run_name=other", start, "max_duration=6ba"]
     assert main([*other, "model.config.hidden_size=24"]) == 2
     assert "model.config.hidden_size: 16 there, 24 here" in capsys.readouterr().err
+    assert main([*other, "model.config.num_hidden_layers=3", "load_weights_only=true"]) == 2
+    assert "(here alone)" in capsys.readouterr().err
     assert main([*other, "model.config.hidden_dropout_prob=0.0"]) == 2
     assert main([*other, "model.config.hidden_dropout_prob=0.0", "load_weights_only=true"]) == 0
     capsys.readouterr()

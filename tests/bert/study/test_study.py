@@ -60,6 +60,9 @@ GLUE_STAND_IN = """
 import json, pathlib, sys
 values = dict(word.partition("=")[::2] for word in sys.argv[2:])
 assert pathlib.Path(values["checkpoint"]).is_dir()
+if pathlib.Path("fail").exists():
+    pathlib.Path(values["output"]).write_text("{}")
+    sys.exit("half of it")
 pathlib.Path(values["output"]).write_text(json.dumps({"kind": "glue", "tasks": {}, "averages": {}, "failed": []}))
 open("calls.txt", "a").write(values["run_name"] + "\\n")
 """
@@ -210,6 +213,21 @@ def test_a_changed_recipe_is_run_again_with_what_follows(place: Place) -> None:
     assert place.result("base-seed-1")["steps"] == 12
 
 
+def test_a_changed_fine_tuning_recipe_is_run_again_and_a_stopped_one_leaves_the_result(place: Place) -> None:
+    path = str(place.write(JOBS))
+    assert main([path, "--slots", "2"]) == 0
+    before = place.result("tasks")
+    recipe = place.folder / "glue.yaml"
+    recipe.write_text(recipe.read_text() + "\nretries: 3\n")
+    place.calls()
+    (place.folder / "fail").write_text("nothing of main.py's")
+    assert main([path, "--only", "tasks"]) == 1
+    assert place.result("tasks") == before
+    (place.folder / "fail").unlink()
+    assert main([path]) == 0
+    assert place.calls() == ["tasks"] and place.result("tasks")["study"]["key"] != before["study"]["key"]
+
+
 def test_the_speed_of_a_search_and_its_best_take_all_of_it(place: Place) -> None:
     timed = {"pretrain": "recipe.yaml", "best_of": "search", "minutes": 0.25, "speed_of": "search"}
     path = str(place.write({"search": JOBS["search"], "timed": timed}))
@@ -224,6 +242,8 @@ def test_only_what_is_asked_for_and_what_it_needs(place: Place) -> None:
     assert main([path, "--only", "look", "tasks"]) == 0
     assert place.calls() == ["command", "tasks"]  # as they were named, not as the YAML has them
     assert main([path, "--only", "tims"]) == 2
+    with pytest.raises(SystemExit):
+        main([path, "--slots", "0"])
     assert main([path, "--slots", "1", "--list", "title=changes may follow the options"]) == 0
 
 
@@ -300,6 +320,11 @@ def test_runs_end_with_their_study(place: Place) -> None:
         ({"look": {"command": ["look.py"], "checkpoint": "tasks"}}, "fine-tuning leaves none to start from"),
         ({"on": {**JOBS["on"], "checkpoint_seed": 3}}, r"3 is none of the seeds of 'base': \[1, 2\]"),
         ({"base": {**JOBS["base"], "checkpoint_seed": 1}}, "'checkpoint_seed' without a checkpoint"),
+        ({"search": {**JOBS["search"], "grid": {"optimizer.lr": []}}}, "grid: 'optimizer.lr' has no values"),
+        ({"base": {**JOBS["base"], "seeds": [1, 1]}}, "base-seed-1, or its result"),
+        ({"base-seed-1": JOBS["on"]}, "base-seed-1, or its result base-seed-1.json, is taken"),
+        ({"study": JOBS["on"]}, "study.json, is taken"),
+        ({"look": {**JOBS["look"], "output": "on.json"}}, "its result on.json, is taken"),
     ],
 )
 def test_mistakes_in_a_study_are_named(place: Place, changes: dict[str, Any], message: str) -> None:
