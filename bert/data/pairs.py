@@ -58,10 +58,10 @@ def split_of(title: str, validation: int, test: int) -> str:
 
 
 def article_pairs(
-    sources: Sequence[str], query: str, min_characters: int, validation: int, test: int
+    source: FileSource, query: str, min_characters: int, validation: int, test: int
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield (split, query, document) of every article in the files that is long enough and can be split."""
-    for text in FileSource(sources, text_documents="file").documents():
+    """Yield (split, query, document) of every article of a source that is long enough and can be split."""
+    for text in source.documents():
         pair = split_article(text, query)
         if pair is not None and len(pair[1]) >= min_characters:
             yield split_of(text.strip().partition("\n")[0], validation, test), *pair
@@ -77,6 +77,8 @@ def write_pairs(
     validation: int = 10,
     test: int = 150,
     limits: dict[str, int] | None = None,
+    text_column: str = "text",
+    max_broken: int = 0,
 ) -> dict[str, int]:
     """Write train.jsonl, validation.jsonl and test.jsonl, from disjoint articles; return their numbers of pairs.
 
@@ -89,10 +91,13 @@ def write_pairs(
         validation: share of that split, in thousandths of the articles.
         test: share of that split.
         limits: most pairs of a split, by name.
+        text_column: the field or column with the article; a .txt file is one.
+        max_broken: records that may be left out because they cannot be read.
 
     Raises:
         DataError: a source cannot be read, or has no article that can be split; earlier files are kept.
     """
+    source = FileSource(sources, text_column, "file", max_broken)
     out.mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(SPLITS, 0)
     limits = limits or {}
@@ -100,7 +105,7 @@ def write_pairs(
     try:
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open(path, "w", encoding="utf-8")) for name, path in temporary.items()}
-            for split, question, document in article_pairs(sources, query, min_characters, validation, test):
+            for split, question, document in article_pairs(source, query, min_characters, validation, test):
                 if counts[split] >= limits.get(split, sys.maxsize):
                     if all(counts[name] >= limits.get(name, sys.maxsize) for name in SPLITS):
                         break
@@ -135,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-characters", type=int, help="cut documents to so many (default: whole)")
     parser.add_argument("--validation", type=int, default=10, help="thousandths of the articles (%(default)s)")
     parser.add_argument("--test", type=int, default=150, help="thousandths of the articles (%(default)s)")
+    parser.add_argument("--text-column", default="text", help="field or column with the article (%(default)s)")
+    parser.add_argument("--max-broken", type=int, default=0, help="records that may be left out (%(default)s)")
     for split in SPLITS:
         parser.add_argument(f"--max-{split}", type=int, help=f"pairs of {split} at most (default: all)")
     arguments = parser.parse_args(argv)
@@ -155,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             validation=arguments.validation,
             test=arguments.test,
             limits=limits,
+            text_column=arguments.text_column,
+            max_broken=arguments.max_broken,
         )
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

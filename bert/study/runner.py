@@ -136,7 +136,10 @@ class Study:
 
         Its name follows from the whole recipe: one that was changed begins anew, and is never taken for the old one.
         """
-        values = {**self.config.set, **run.config.set, **best, **run.point}
+        values = {**self.config.set, **run.config.set}
+        for key, value in {**best, **run.point}.items():
+            values.pop(key, None)  # comes last: before a section that a command line's set.optimizer.lr makes
+            values[key] = value
         if (start := self._start(run)) is not None:
             folder = Path("unknown") if start.plan is None else start.plan.folder
             values |= {"load_path": str(folder / LATEST), "load_weights_only": True}
@@ -402,7 +405,9 @@ class Study:
         for progress in self.runs.values():
             if progress.wanted and progress.state == WAITING and not self._ready(progress):
                 progress.state = BLOCKED
-                progress.reason = "what it needs has failed: " + ", ".join(sorted(dependencies(progress.run.config)))
+                needs = sorted(dependencies(progress.run.config))
+                lacking = [name for name in needs if not all(self._serves(p, progress.run) for p in self._of_job(name))]
+                progress.reason = "what it needs has failed, or left nothing to start from: " + ", ".join(lacking)
         return not self._open()
 
     def _finish(self, progress: Progress) -> None:

@@ -101,6 +101,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert Pairs(tmp_path / "out" / "train.jsonl")[0] == (f"One{BODY}", "Second paragraph 0.")
     assert main([*command, "--validation", "500", "--test", "500"]) == 2
     assert "leave nothing to train on" in capsys.readouterr().err
+    (tmp_path / "b.jsonl").write_text('{"body": "Two\\n\\nA text."}\nbroken\n')
+    command = ["--source", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "b"), "--min-characters", "1"]
+    assert main(command) == 2
+    assert "--text-column" in capsys.readouterr().err
+    assert main([*command, "--text-column", "body", "--max-broken", "1", "--validation", "0", "--test", "0"]) == 0
+    assert "train: 1 pairs" in capsys.readouterr().out
     assert main(["--source", str(tmp_path / "nothing.jsonl"), "--out", out]) == 2
     assert "nothing.jsonl" in capsys.readouterr().err
     assert not list(Path(out).glob(".*"))  # nor is a temporary file left

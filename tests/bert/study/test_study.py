@@ -228,6 +228,12 @@ def test_a_changed_fine_tuning_recipe_is_run_again_and_a_stopped_one_leaves_the_
     assert place.calls() == ["tasks"] and place.result("tasks")["study"]["key"] != before["study"]["key"]
 
 
+def test_a_grid_is_not_overruled_from_the_command_line(place: Place) -> None:
+    study = Study(load_study(place.write(JOBS, set={"optimizer.lr": 0.5}), ["set.optimizer.lr=0.9"]))
+    rates = {run.name: study.plan(run).config.optimizer["lr"] for run in runs_of(study.config) if run.job == "search"}
+    assert rates == {"search-lr-0.1": 0.1, "search-lr-0.01": 0.01, "search-lr-10": 10}
+
+
 def test_the_speed_of_a_search_and_its_best_take_all_of_it(place: Place) -> None:
     timed = {"pretrain": "recipe.yaml", "best_of": "search", "minutes": 0.25, "speed_of": "search"}
     path = str(place.write({"search": JOBS["search"], "timed": timed}))
