@@ -39,7 +39,7 @@ WITHOUT_EFFECT = (
 class M2BertConfig(PretrainedConfig):
     """What an M2-BERT is made of; a published config.json loads as it is.
 
-    Lengths are in tokens, sizes in features. Fields of the published files in WITHOUT_EFFECT are kept.
+    Lengths are in tokens, sizes in features. The published files' fields in WITHOUT_EFFECT are kept, no more.
     """
 
     model_type = "m2_bert"

@@ -42,7 +42,7 @@ from bert.trained import (
 FORMATS = ("huggingface", "original", "onnx")
 SUFFIXES = {".pt": "original", ".onnx": "onnx"}
 TOLERANCES = {"huggingface": 1e-5, "original": 1e-5, "onnx": 1e-4}
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".onnx")
 OWN_MODELS = ("m2_bert", "attention_bert")
 
 

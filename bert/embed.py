@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pooling",
         choices=(*POOLINGS, OWN_POOLING),
-        help="own: a retrieval model's way; default: own, or as it was fine-tuned",
+        help="own: what a retrieval model gives itself; default: that, or as it was fine-tuned, else mean",
     )
     parser.add_argument(
         "--normalize", action=argparse.BooleanOptionalAction, default=True, help="vectors of length 1 (the default)"

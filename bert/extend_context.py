@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bert.checkpoint import Model, read_config, save_original
 from bert.configuration import M2BertConfig
-from bert.convert import read_source
+from bert.convert import WEIGHT_SUFFIXES, read_source
 from bert.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from bert.errors import CheckpointError, RecipeError, exit_code
 from bert.exact_loading import check_config_keys, load_exactly
@@ -47,7 +47,6 @@ POSITION_TABLE = "embeddings.position_embeddings.weight"
 FILTER_POSITIONS = {".position_features": ".times", ".pos_emb.z": ".pos_emb.t"}
 POSITION_IDS = "embeddings.position_ids"  # of the original: 0, 1, ...
 WEIGHTS = "model.pt"  # an original's checkpoint, extended
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".onnx")  # of a Hugging Face folder: not copied, but written anew
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +186,7 @@ def _extend_folder(path: Path, length: int, mode: str, folder: Path) -> None:
     tokenizer = None if source.tokenizer_name is None else load_tokenizer(source.tokenizer_name)
     model = _longer_model(source.model, length, mode)
     write_folder(folder, model, tokenizer, pooling=source.pooling, origin=origin)
-    for file in path.iterdir():  # a licence, for one
+    for file in path.iterdir():  # a licence, for one; weights were written anew
         other = file.suffix not in WEIGHT_SUFFIXES and not file.name.endswith(".index.json")
         if file.is_file() and other and not (folder / file.name).exists():
             shutil.copy(file, folder / file.name)

@@ -235,11 +235,12 @@ def _check_warmup(config: TrainConfig) -> None:
     given = config.scheduler.get("t_warmup")
     if given is None:
         return
+    check_time("scheduler.t_warmup", str(given))
+    warmup = Time.from_timestring(str(given))
     t_max = config.scheduler.get("t_max", "1dur")
     for key, limit in (("max_duration", config.max_duration), ("scheduler.t_max", t_max), ("the run", "1dur")):
-        check_time("scheduler.t_warmup", str(given))
         check_time(key, str(limit))
-        warmup, end = Time.from_timestring(str(given)), Time.from_timestring(str(limit))
+        end = Time.from_timestring(str(limit))
         if warmup.unit == end.unit and warmup.value >= end.value > 0:  # another unit: Composer's to compare
             raise RecipeError(f"scheduler.t_warmup: {given} is no less than {key}, {limit}")
 

@@ -138,7 +138,7 @@ class Study:
         """
         values = {**self.config.set, **run.config.set}
         for key, value in {**best, **run.point}.items():
-            values.pop(key, None)  # comes last: before a section that a command line's set.optimizer.lr makes
+            values.pop(key, None)  # to come last: after the section that set.optimizer.lr of a command line makes
             values[key] = value
         if (start := self._start(run)) is not None:
             folder = Path("unknown") if start.plan is None else start.plan.folder
@@ -384,6 +384,7 @@ class Study:
             path.parent.mkdir(parents=True, exist_ok=True)
             if progress.plan.written is not None:
                 progress.plan.written.parent.mkdir(parents=True, exist_ok=True)
+                progress.plan.written.unlink(missing_ok=True)  # what a stopped one left is not this one's
             log.info("%s: python %s", progress.run.name, " ".join(progress.plan.command))
             with path.open("ab") as output:
                 # A session of its own: Ctrl-C is for the study, which then stops its runs with a checkpoint.

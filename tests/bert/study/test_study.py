@@ -223,6 +223,10 @@ def test_a_changed_fine_tuning_recipe_is_run_again_and_a_stopped_one_leaves_the_
     (place.folder / "fail").write_text("nothing of main.py's")
     assert main([path, "--only", "tasks"]) == 1
     assert place.result("tasks") == before
+    (place.folder / "glue.py").write_text("")  # ends well, and writes nothing: what was left there is not its result
+    assert main([path, "--only", "tasks"]) == 1
+    assert place.result("tasks") == before
+    (place.folder / "glue.py").write_text(GLUE_STAND_IN)
     (place.folder / "fail").unlink()
     assert main([path]) == 0
     assert place.calls() == ["tasks"] and place.result("tasks")["study"]["key"] != before["study"]["key"]
