@@ -65,6 +65,9 @@ class Run:
 
 def main() -> None:
     args = arguments()
+    if args.draw:
+        draw(args.plot, [row for path in args.draw for row in json.loads(path.read_text())["rows"]])
+        return
     runs = planned(args)
     print(f"{device_name()}, {args.batch:,} x {single.LENGTH} tokens, microbatches of at most {args.microbatch}")
     rows: list[dict[str, Any]] = []
@@ -114,10 +117,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for a process (default: %(default)s)")
     parser.add_argument("--logs", type=Path, help="keep what the processes wrote in this folder")
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="JSON", help="only draw earlier outputs to --plot")
     parser.add_argument("overrides", nargs="*", help="further key=value for the recipes")
     args = parser.parse_args()
     if args.small:
         args.batch, args.microbatch, args.steps, args.warm_up = 8, 4, 2, 1
+    if args.draw and not args.plot:
+        parser.error("--draw needs --plot")
     if not args.mode and not args.variants:
         parser.error("--mode none and --variants none leave nothing to do")
     for gpus in args.gpus:
@@ -320,21 +326,29 @@ def write(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
         figures["variants"] = {name: variant.shows for name, variant in VARIANTS.items()}
         write_figures(args.output, {**figures, "rows": rows})
     if args.plot:
-        lines: dict[str, list[tuple[float, float]]] = {}
-        measured = [row for row in rows if row["session"] == "scaling" and row.get("efficiency") is not None]
-        for row in measured:
-            for mode in args.mode if row["gpus"] == 1 else [row["mode"]]:
-                lines.setdefault(f"{row['model']}, {mode}", []).append((row["gpus"], row["efficiency"]))
-        lines["one GPU's speed each"] = [(gpus, 1.0) for gpus in sorted({row["gpus"] for row in measured})]
-        common.draw_lines(
-            args.plot,
-            lines,
-            title=f"data-parallel pretraining, {device_name()}",
-            x_label="GPUs",
-            y_label="tokens/s over GPUs x those of one",
-            log=False,
-            dashed=["one GPU's speed each"],
-        )
+        draw(args.plot, rows)
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw efficiency against the number of GPUs, each beside the one GPU of its own run."""
+    measured = [row for row in rows if row["session"] == "scaling" and row.get("efficiency") is not None]
+    points: dict[str, set[tuple[float, float]]] = {}
+    for row in measured:
+        # On one GPU both modes are the same: it begins the line of each that was run on more.
+        several = {other["mode"] for other in measured if other["model"] == row["model"] and other["gpus"] > 1}
+        for mode in several if several and row["gpus"] == 1 else {row["mode"]}:
+            points.setdefault(f"{row['model']}, {mode}", set()).add((row["gpus"], row["efficiency"]))
+    lines = {name: sorted(line) for name, line in sorted(points.items())}
+    lines["one GPU's speed each"] = [(gpus, 1.0) for gpus in sorted({row["gpus"] for row in measured})]
+    common.draw_lines(
+        path,
+        lines,
+        title="data-parallel pretraining: efficiency",
+        x_label="GPUs",
+        y_label="tokens/s over GPUs x those of one",
+        log=False,
+        dashed=["one GPU's speed each"],
+    )
 
 
 if __name__ == "__main__":
