@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from bert.recipe.builders import REGISTRY, Entry
 from bert.recipe.train import main as train_main
 
 PROFILED_STEPS = 3
+LONGEST_GAPS = 24  # that a profile keeps: of some eight microbatches a step, which have one each at least
 Interval = tuple[float, float]
 
 
@@ -125,6 +126,16 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """A time in which nothing runs on the device: what to read to see who is late."""
+
+    ms: float
+    at: float  # milliseconds from the first kernel on
+    after: str  # the kernel before it
+    before: str  # the kernel that ends it
+
+
+@dataclass(frozen=True)
 class Kernels:
     """Where the device's time goes on rank 0, in milliseconds a step."""
 
@@ -134,6 +145,7 @@ class Kernels:
     nccl_exposed: float  # and nothing else does
     idle: float  # nothing runs
     by_name: dict[str, list[float]] = field(default_factory=dict)  # NCCL's kernels: calls and ms a step
+    gaps: list[Gap] = field(default_factory=list)  # the longest of all steps together
 
 
 def parts(name: str) -> list[Variant]:
@@ -166,6 +178,7 @@ def kernel_times(events: Iterable[Any], wall_s: float, steps: int) -> Kernels | 
     """Add up a profile's device events (times in microseconds); None where there are none, as on a CPU."""
     compute: list[Interval] = []
     nccl: list[Interval] = []
+    names: dict[Interval, str] = {}
     by_name: dict[str, list[float]] = {}
     for event in events:
         if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
@@ -173,6 +186,7 @@ def kernel_times(events: Iterable[Any], wall_s: float, steps: int) -> Kernels | 
         interval = (event.time_range.start, event.time_range.end)
         if event.name.startswith("nccl:"):  # a range of the host's, shown on the device's line
             continue
+        names[interval] = event.name.partition("(")[0][:80]
         if not event.name.startswith("nccl"):
             compute.append(interval)
             continue
@@ -185,7 +199,20 @@ def kernel_times(events: Iterable[Any], wall_s: float, steps: int) -> Kernels | 
     scale = 1e-3 / steps
     busy, computing = length(compute + nccl) * scale, length(compute) * scale
     wall = 1e3 * wall_s / steps
-    return Kernels(wall, computing, length(nccl) * scale, busy - computing, wall - busy, by_name)
+    return Kernels(wall, computing, length(nccl) * scale, busy - computing, wall - busy, by_name, gaps(names))
+
+
+def gaps(names: Mapping[Interval, str]) -> list[Gap]:
+    """The longest times between device events (by their interval in microseconds), longest first."""
+    found: list[Gap] = []
+    (start, end), *others = sorted(names)
+    first, last = start, names[start, end]
+    for interval in others:
+        if interval[0] > end:
+            found.append(Gap((interval[0] - end) / 1e3, (end - first) / 1e3, last, names[interval]))
+        if interval[1] > end:
+            end, last = interval[1], names[interval]
+    return sorted(found, key=lambda gap: -gap.ms)[:LONGEST_GAPS]
 
 
 class DeviceProfile(Callback):

@@ -305,8 +305,8 @@ class RecipeRecord(Callback):
     """Carry what made a run in its checkpoints, and refuse a checkpoint that another model or tokenizer made.
 
     Args:
-        record: "recipe" (resolved), "model" (name and config), "tokenizer_fingerprint" (None: unknown), "versions";
-            plain values, which travel as one JSON string.
+        record: "recipe" (resolved), "model" (name and config), "tokenizer_fingerprint" (None: unknown), "versions",
+            "data" (of the training data: source, counts); plain values, which travel as one JSON string.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
@@ -320,9 +320,12 @@ class RecipeRecord(Callback):
         """Compare with the checkpoint's record.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another model or tokenizer; the message lists the differences.
+            CheckpointError: the checkpoint belongs to another model, tokenizer or larger data; the message lists the
+                differences.
         """
-        check_record(json.loads(state["record"]), self.record, "the checkpoint")
+        stored = json.loads(state["record"])
+        check_record(stored, self.record, "the checkpoint")
+        changed_data(stored, self.record, "the checkpoint")
 
 
 def check_record(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
@@ -337,6 +340,26 @@ def check_record(stored: Mapping[str, Any], current: Mapping[str, Any], source: 
     if changes:
         lines = "".join(f"\n  model.{change}" for change in changes)
         raise CheckpointError(f"{source} holds another model:{lines}\nUse the recipe that made it, or drop load_path")
+
+
+_COUNTS = ("samples", "documents", "tokens")  # of the data: what tells them from others
+
+
+def changed_data(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> list[str]:
+    """Return how the training data differ from those that a run began with; CheckpointError where there are fewer.
+
+    The place in the data is a number of samples, and the order of an epoch follows from how many there are.
+    """
+    then, now = ({key: (record.get("data") or {}).get(key) for key in _COUNTS} for record in (stored, current))
+    if not all(isinstance(count, int) for count in (*then.values(), *now.values())):
+        return []  # of an older version, or of a task that reads other data
+    if now["samples"] < then["samples"]:
+        raise CheckpointError(
+            f"{source} is a place in {then['samples']:,} samples of training data, which are {now['samples']:,} now: "
+            "give back the data that the run began with, or begin a run from its weights (load_path with "
+            "load_weights_only=true, and another run_name)"
+        )
+    return differences(then, now, "then", "now")
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], then: str, now: str) -> list[str]:

@@ -14,7 +14,7 @@ from composer.utils import format_name_with_dist, is_tar
 from torch import nn
 
 from bert.errors import CheckpointError, RecipeError
-from bert.recipe.callbacks import RecipeRecord, check_record, differences
+from bert.recipe.callbacks import RecipeRecord, changed_data, check_record, differences
 from bert.recipe.schema import TrainConfig, read_plain_yaml
 from bert.safe_loading import check_sharded, is_torn, load_checkpoint_file
 
@@ -157,7 +157,7 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any], model: nn
         model: this run's; where only the weights are taken over, their shapes are compared with its own.
 
     Raises:
-        CheckpointError: the file is unreadable, unsafe, or another model's or tokenizer's.
+        CheckpointError: the file is unreadable, unsafe, another model's or tokenizer's, or a place in more data.
     """
     if start.path.is_dir():
         check_sharded(start.path)
@@ -174,14 +174,21 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any], model: nn
     try:
         record = json.loads(stored["record"])
         recipe = read_plain_yaml(record["recipe"])
-        if not isinstance(record.get("model"), dict) or not isinstance(recipe, dict):
-            raise ValueError("its model or its recipe is no section")
+        if not all(isinstance(part, dict) for part in (record.get("model"), record.get("data", {}), recipe)):
+            raise ValueError("its model, its data or its recipe is no section")
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{start.path}: its record of what made it cannot be read ({error!r})") from error
     if start.weights_only:
         check_record({**record, "model": current["model"]}, current, str(start.path))
         return
     check_record(record, current, str(start.path))
+    if moved := changed_data(record, current, str(start.path)):
+        log.warning(
+            "the training data are not those that %s was trained on (%s): the samples come in another order from here "
+            "on, some again and some later",
+            start.path,
+            "; ".join(moved),
+        )
     changes = differences(recipe, read_plain_yaml(current["recipe"]), "then", "now")
     if changes:
         log.warning(

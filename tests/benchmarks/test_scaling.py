@@ -170,4 +170,7 @@ def test_the_time_of_kernels(scaling: ModuleType) -> None:
     assert (kernels.wall, kernels.compute, kernels.nccl) == pytest.approx((7, 4, 2.5))
     assert (kernels.nccl_exposed, kernels.idle) == pytest.approx((1.5, 1.5))
     assert kernels.by_name == {"ncclDevKernel_AllReduce_Sum_f32_RING_LL": pytest.approx([1, 2.5])}
+    (gap,) = kernels.gaps  # from 9 to 10: what overlaps has none between
+    assert (gap.ms, gap.at, gap.before) == (1, 9, "gemm")
+    assert gap.after == "ncclDevKernel_AllReduce_Sum_f32_RING_LL"
     assert variants.kernel_times(events[-1:], 1.0, 1) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from bert.recipe.optim import DecoupledAdamW
 from bert.recipe.schema import TrainConfig, load_config
 from bert.recipe.train import main, train
 from monarch_mixer.kernels import kernels_enabled
+from tests.bert.recipe.conftest import write_split
 
 SEQ_LEN = 16
 
@@ -336,6 +338,26 @@ def test_going_on_says_which_settings_changed(recipe: Recipe, tmp_path: Path, ca
     assert main([path, "max_duration=16ba", last]) == 0  # the folder's own last checkpoint, named outright
     assert list(losses(tmp_path / "runs" / "tiny")) == list(range(1, 17))
     assert main([path, "max_duration=20ba", f"load_path={tmp_path}/runs/tiny/ep0-ba8-rank0.pt"]) == 2
+
+
+def test_going_on_in_other_data_is_said_and_in_fewer_refused(
+    recipe: Recipe, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(recipe(autoresume=True))
+    assert main([path, "max_duration=8ba"]) == 0
+    folder = data / "train"
+    for samples, code in ((104, 0), (96, 2), (40, 2)):
+        shutil.rmtree(folder)
+        write_split(folder, samples, 5)
+        caplog.clear()
+        assert main([path, "max_duration=16ba"]) == code
+        if code == 0:
+            assert "samples: 96 then, 104 now" in caplog.text
+        else:  # the run went on in 104
+            error = capsys.readouterr().err
+            assert f"a place in 104 samples of training data, which are {samples} now" in error
+    weights = f"load_path={tmp_path}/runs/tiny/latest-rank0.pt"
+    assert main([path, "run_name=next", weights, "load_weights_only=true", "max_duration=2ba"]) == 0
 
 
 def test_weights_only_takes_the_weights_and_starts_at_batch_one(recipe: Recipe, tmp_path: Path) -> None:
