@@ -70,7 +70,8 @@ def embed_file(
         source: a file that `bert.data.readers` knows.
         output: a .parquet or .npy file.
         text_column: the field or column with the text; unused in .txt files.
-        id_column: one with an identifier, a string (Parquet output only); None: the record's number.
+        id_column: one with an identifier, a string or an integer (Parquet output only, as text); None: the record's
+            number.
         text_documents: what is a document in a .txt file: "line", "paragraph" or "file".
         pooling: see `LoadedModel.encode`, also for `normalize`, `max_length` and `batch_tokens`.
         normalize: whether vectors get the length 1.
@@ -179,7 +180,7 @@ def _records(
         for number, text in enumerate(texts):
             yield number, _whole(text, source)
         return
-    names = read_records(source, ReadProgress(), id_column, text_documents)
+    names = read_records(source, ReadProgress(), id_column, text_documents, identifiers=True)
     for name, text in zip(names, texts, strict=True):
         yield _whole(name, source), _whole(text, source)
 
@@ -290,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="a .parquet or .npy file")
     parser.add_argument("--text-column", default="text", help="field or column with the text (%(default)s)")
-    parser.add_argument("--id-column", help="one with an identifier, text (default: the record's number)")
+    parser.add_argument("--id-column", help="one with an identifier, text or an integer (default: the record's number)")
     parser.add_argument(
         "--text-documents", choices=TEXT_DOCUMENTS, default="paragraph", help="a document of a .txt (%(default)s)"
     )

@@ -9,11 +9,11 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeAlias, cast
 
 from bert.errors import DataError
 
@@ -29,6 +29,10 @@ class BrokenRecord:
 
     place: str
     reason: str
+
+
+# What reads a column of a record: of its name and the place to name in a `BrokenRecord`.
+Field: TypeAlias = Callable[[dict[str, Any], str, str], "str | BrokenRecord"]
 
 
 @dataclass
@@ -56,7 +60,7 @@ def file_kind(path: Path) -> tuple[str, str | None]:
 
 
 def read_records(
-    path: Path, progress: ReadProgress, text_column: str, text_documents: str
+    path: Path, progress: ReadProgress, text_column: str, text_documents: str, *, identifiers: bool = False
 ) -> Iterator[str | BrokenRecord]:
     """Yield each record's text in the order of the file, and a `BrokenRecord` for each that has none.
 
@@ -65,23 +69,25 @@ def read_records(
         progress: kept up to date while reading.
         text_column: the field or column that holds the text; unused in .txt files.
         text_documents: what is a document in a .txt file: "line", "paragraph" or "file".
+        identifiers: the column holds no texts but identifiers: an integer counts as its digits.
 
     Raises:
         DataError: the file as a whole cannot be read (damaged compression, not Parquet, missing column).
     """
     kind, compression = file_kind(path)
+    field = identifier_field if identifiers else text_field
     # A damaged file shows itself as one of many exceptions of its library; all mean the same to the user.
     try:
         if kind == "parquet":
-            yield from _parquet(path, progress, text_column)
+            yield from _parquet(path, progress, text_column, field)
             return
         with _opened(path, compression) as (raw, stream):
             if kind == "text":
                 records = _text(stream, text_documents)
             elif kind == "json":
-                records = _json_lines(stream, text_column)
+                records = _json_lines(stream, text_column, field)
             else:
-                records = _csv(stream, path, text_column)
+                records = _csv(stream, path, text_column, field)
             for record in records:
                 progress.bytes_in_file = raw.tell()
                 yield record
@@ -130,13 +136,13 @@ def _text(stream: IO[bytes], documents: str) -> Iterator[str | BrokenRecord]:
         yield _decoded(b"".join(paragraph).rstrip(b"\r\n"), f"line {number}")
 
 
-def _json_lines(stream: IO[bytes], column: str) -> Iterator[str | BrokenRecord]:
+def _json_lines(stream: IO[bytes], column: str, field: Field) -> Iterator[str | BrokenRecord]:
     for number, line in enumerate(stream, 1):
         if line.strip():
-            yield _json_text(line, f"line {number}", column)
+            yield _json_text(line, f"line {number}", column, field)
 
 
-def _json_text(line: bytes, place: str, column: str) -> str | BrokenRecord:
+def _json_text(line: bytes, place: str, column: str, field: Field) -> str | BrokenRecord:
     try:
         # Python keeps the last of two equal keys, without a word. Looking at each object takes time, so only where
         # the column's name is there twice.
@@ -150,7 +156,7 @@ def _json_text(line: bytes, place: str, column: str) -> str | BrokenRecord:
         return BrokenRecord(place, f"it is not JSON, one object a line ({error})")
     if not isinstance(record, dict):
         return BrokenRecord(place, f"it is a JSON {type(record).__name__}; one object a line is read")
-    return text_field(record, column, place)
+    return field(record, column, place)
 
 
 class _DuplicateKeyError(Exception):
@@ -176,6 +182,14 @@ def text_field(record: dict[str, Any], column: str, place: str) -> str | BrokenR
     return text if text.isascii() or _is_unicode(text) else BrokenRecord(place, "its text is not valid Unicode")
 
 
+def identifier_field(record: dict[str, Any], column: str, place: str) -> str | BrokenRecord:
+    """Return the identifier in `column` of one record: a text, or an integer's digits."""
+    if column not in record:
+        return BrokenRecord(place, f"there is no column '{column}'; it has: {', '.join(record)} (--id-column)")
+    value = record[column]
+    return str(value) if type(value) is int else text_field(record, column, place)  # True is no identifier
+
+
 def _is_unicode(text: str) -> bool:
     """Say whether `text` can be encoded; a lone surrogate, which JSON can bring, cannot."""
     try:
@@ -185,13 +199,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _csv(stream: IO[bytes], path: Path, column: str) -> Iterator[str | BrokenRecord]:
+def _csv(stream: IO[bytes], path: Path, column: str, field: Field) -> Iterator[str | BrokenRecord]:
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a long document
     # Bytes that are not UTF-8 become lone surrogates, which `text_field` finds, row by row.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.DictReader(text, restval=None, strict=True)  # else a quote that is left open takes the rest of the file
     columns = [str(name) for name in rows.fieldnames or []]
-    _require_column(path, column, columns)
+    _require_column(path, column, columns, field)
     while True:
         try:
             row = next(rows)
@@ -203,26 +217,27 @@ def _csv(stream: IO[bytes], path: Path, column: str) -> Iterator[str | BrokenRec
         if None in row:  # as where a text with commas is not quoted: its rest would be lost
             yield BrokenRecord(f"line {rows.line_num}", "it has more fields than the header")
         else:
-            yield text_field(row, column, f"line {rows.line_num}")
+            yield field(row, column, f"line {rows.line_num}")
 
 
-def _parquet(path: Path, progress: ReadProgress, column: str) -> Iterator[str | BrokenRecord]:
+def _parquet(path: Path, progress: ReadProgress, column: str, field: Field) -> Iterator[str | BrokenRecord]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _require_column(path, column, file.schema_arrow.names)
+            _require_column(path, column, file.schema_arrow.names, field)
             size, rows, number = path.stat().st_size, max(file.metadata.num_rows, 1), 0
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     progress.bytes_in_file = size * number // rows
-                    yield text_field({column: text}, column, f"row {number}")
+                    yield field({column: text}, column, f"row {number}")
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _require_column(path: Path, column: str, columns: list[str]) -> None:
+def _require_column(path: Path, column: str, columns: list[str], field: Field) -> None:
     if column not in columns:
-        raise DataError(f"{path} has no column '{column}'; it has: {', '.join(columns) or 'none'} (--text-column)")
+        option = "--id-column" if field is identifier_field else "--text-column"
+        raise DataError(f"{path} has no column '{column}'; it has: {', '.join(columns) or 'none'} ({option})")

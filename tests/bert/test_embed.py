@@ -227,6 +227,11 @@ def test_a_file_becomes_vectors_in_its_order(folders, tmp_path, capsys):
     assert "6 vectors of 16" in capsys.readouterr().out
     table = pq.read_table(tmp_path / "v.parquet").to_pydict()
     assert table["id"] == [f"d{i}" for i in range(6)]
+    numbered = write(tmp_path / "numbers.jsonl", [{"key": 7 - i, "text": text} for i, text in enumerate(TEXTS)])
+    embed.embed_file(model, numbered, tmp_path / "n.parquet", id_column="key")
+    assert pq.read_table(tmp_path / "n.parquet").to_pydict()["id"] == ["7", "6", "5", "4", "3", "2"]
+    with pytest.raises(DataError, match=r"no column 'kye'.*--id-column"):
+        embed.embed_file(model, numbered, tmp_path / "k.parquet", id_column="kye")
     np.testing.assert_allclose(table["vector"], model.encode(TEXTS), atol=1e-5)
     assert not (tmp_path / "v.parquet.parts").exists()
 
