@@ -21,6 +21,11 @@ def is_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool(slash and Path(first).is_dir())
 
 
+def is_remote(name: str) -> bool:
+    """Say whether a folder's name is a URI (s3://..., dbfs:/...)."""
+    return "://" in name or name.startswith("dbfs:/")
+
+
 @contextmanager
 def written_whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Give a temporary name, which becomes `path` when the block ends; where it fails, the file is removed.

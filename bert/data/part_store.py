@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from filelock import FileLock, Timeout
 from streaming import MDSWriter
@@ -198,11 +197,6 @@ class PartStore:
             return
         if any(key.endswith(name) for key in listed):
             CloudDownloader.direct_download(f"{self.remote.rstrip('/')}/{name}", str(self.folder / name))
-
-
-def is_remote(out: str) -> bool:
-    """Say whether `out` is a URI (s3://..., gs://...), not a local folder."""
-    return urlparse(out).scheme != ""
 
 
 def _part_name(number: int) -> str:

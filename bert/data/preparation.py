@@ -25,6 +25,7 @@ from bert.data.readers import TEXT_DOCUMENTS
 from bert.data.sources import EMBEDDED, HUB_PREFIX, EmbeddedSource, FileSource, HubSource, TextSource
 from bert.data.tokenizer import backend_json, fingerprint, load_tokenizer, special_token_ids
 from bert.errors import DataError, nearest
+from bert.files import is_remote
 
 # `part_store` and `tqdm` are imported where they are used: a worker process imports this module again, and the
 # streaming library, which it needs not, takes seconds.
@@ -82,6 +83,14 @@ class PrepareSettings:
             raise DataError(f"split_name '{self.split_name}' must be one plain folder name, such as 'train'")
         if not self.source:
             raise DataError("no source is given")
+        written = self.staging if is_remote(self.out) else self.out
+        for folder in map(Path, self.source):
+            # The same command would read its own index for text when it goes on, as would that of the next split.
+            if written is not None and folder.is_dir() and Path(written).resolve().is_relative_to(folder.resolve()):
+                raise DataError(
+                    f"'{written}', which is written to, lies in the source '{folder}', whose text files are all read: "
+                    "choose another --out, or name the files (--source 'folder/*.jsonl')"
+                )
 
 
 def prepare(settings: PrepareSettings) -> DatasetMetadata:
@@ -96,7 +105,7 @@ def prepare(settings: PrepareSettings) -> DatasetMetadata:
     """
     from streaming.base.compression import get_compressions, is_compression
 
-    from bert.data.part_store import PartStore, Progress, is_remote, staging_folder
+    from bert.data.part_store import PartStore, Progress, staging_folder
 
     settings.check()
     if settings.compression is not None and not is_compression(settings.compression):

@@ -17,6 +17,7 @@ from bert.data.readers import TEXT_DOCUMENTS
 from bert.data.sources import EMBEDDED, HUB_PREFIX
 from bert.data.tokenizer import fingerprint, load_tokenizer, train_wordpiece
 from bert.errors import DataError, RecipeError, storage_failure
+from bert.files import is_remote
 
 __all__ = ["PrepareSettings", "main", "prepare"]
 
@@ -134,8 +135,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _trained_tokenizer(settings: PrepareSettings, vocab_size: int) -> str:
     """Train a tokenizer on the source's documents, save it in `OUT/tokenizer`, and return that path."""
-    from bert.data.part_store import is_remote
-
     if is_remote(settings.out):
         raise DataError("--train-tokenizer needs a local --out; train there first, then give --tokenizer OUT/tokenizer")
     settings.check()

@@ -14,6 +14,7 @@ from composer.utils import format_name_with_dist, is_tar
 from torch import nn
 
 from bert.errors import CheckpointError, RecipeError
+from bert.files import is_remote
 from bert.recipe.callbacks import RecipeRecord, changed_data, check_record, differences
 from bert.recipe.schema import TrainConfig, read_plain_yaml
 from bert.safe_loading import check_sharded, is_torn, load_checkpoint_file
@@ -21,11 +22,6 @@ from bert.safe_loading import check_sharded, is_torn, load_checkpoint_file
 log = logging.getLogger(__name__)
 
 LATEST = "latest-rank0.pt"  # the link that Composer moves after each checkpoint is written
-
-
-def is_remote(folder: str) -> bool:
-    """Whether `folder` is a URI such as s3://bucket/path."""
-    return "://" in folder
 
 
 def run_folder(config: TrainConfig) -> Path:
