@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -111,6 +112,7 @@ def _check_options(config: DatasetConfig) -> None:
         "shuffle_algo": shuffle_algorithms,
         "batching_method": batching_methods,
         "partition_algo": partition_algorithms,
+        "sampling_method": ("balanced", "fixed"),
     }
     for name, known in choices.items():
         value = getattr(config, name)
@@ -118,6 +120,7 @@ def _check_options(config: DatasetConfig) -> None:
             raise DataError(f"dataset.{name} is '{value}': {nearest(value, known)}")
     if not 0.0 <= config.mlm_probability <= 1.0:
         raise DataError(f"dataset.mlm_probability is {config.mlm_probability}: give a probability from 0 to 1")
+    _check_mixture(config)
     for key, stream in sources(config).items():
         if not stream.local:
             raise DataError(
@@ -130,6 +133,32 @@ def _check_options(config: DatasetConfig) -> None:
         if config.cache_limit and stream.remote in (None, stream.local):
             # Streaming would delete the only copy of the shards to stay below the limit (its issue #988).
             raise DataError(f"dataset.cache_limit with {key} that has no remote would delete its shards: leave it out")
+
+
+def _check_mixture(config: DatasetConfig) -> None:
+    """Refuse shares of streams that streaming would refuse in its own words, or take for something else."""
+    relative = [name for name, stream in config.streams.items() if stream.proportion is not None]
+    for name, stream in config.streams.items():
+        key = f"dataset.streams.{name}"
+        given = {
+            share: value
+            for share in ("proportion", "repeat", "choose")
+            if (value := getattr(stream, share)) is not None
+        }
+        if len(given) > 1:
+            raise DataError(f"{key} has {' and '.join(given)}: give one of them")
+        for share, value in given.items():
+            if not 0 < value < math.inf:
+                raise DataError(f"{key}.{share} is {value}: give a positive number, or leave the stream out")
+        if relative and name not in relative:
+            raise DataError(
+                f"{key} has no proportion, and {relative[0]} has one: give one to each stream, or to none (repeat and "
+                "choose count samples)"
+            )
+        if config.epoch_size is not None and (given.keys() - {"proportion"}):
+            raise DataError(
+                f"{key} counts samples, and so does dataset.epoch_size: give each stream a proportion of it"
+            )
 
 
 def _same_folder(remote: str, local: str) -> bool:

@@ -373,6 +373,12 @@ def test_a_shard_that_vanishes_is_an_error_and_not_a_short_epoch_or_a_wait(tmp_p
 # Mistakes
 
 
+def mixture(*shares):
+    """Changes of `build`'s options for streams a, b, ... with these shares."""
+    streams = {name: StreamConfig(local="/nowhere", **share) for name, share in zip("ab", shares, strict=False)}
+    return {"local": None, "streams": streams}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -383,8 +389,15 @@ def test_a_shard_that_vanishes_is_an_error_and_not_a_short_epoch_or_a_wait(tmp_p
         ({"shuffle_algo": "py1x"}, "shuffle_algo is 'py1x'.*did you mean"),
         ({"batching_method": "no"}, "batching_method is 'no'"),
         ({"partition_algo": "strict"}, "partition_algo is 'strict'.*known"),
-        ({"sampling_method": "none"}, "cannot be read.*sampling method"),
         ({"streams": {"a": StreamConfig(local="x")}}, "both streams and local"),
+        ({"sampling_method": "ballanced"}, "did you mean 'balanced'"),
+        ({"sampling_granularity": 0}, "cannot be read.*sampling_granularity"),
+        (mixture({"proportion": 0.5, "choose": 3}), "streams.a has proportion and choose: give one"),
+        (mixture({"repeat": 2}, {"proportion": 0.5}), "streams.a has no proportion, and b has one"),
+        (mixture({"proportion": 0.5}, {}), "streams.b has no proportion, and a has one"),
+        (mixture({"proportion": 0}), "streams.a.proportion is 0: give a positive number"),
+        (mixture({"repeat": float("nan")}), "streams.a.repeat is nan: give a positive number"),
+        (mixture({"repeat": 2}) | {"epoch_size": 10}, "streams.a counts samples.*a proportion of it"),
         ({"mlm_probability": 1.3}, "mlm_probability"),
     ],
 )
