@@ -201,7 +201,7 @@ def _diverged(state: State, what: str, batch: int | None = None, samples: str = 
     back = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
     message = (
         f"training stopped at batch {state.timestamp.batch.value}: {what}{samples}; {back}. A lower learning rate, a "
-        "longer warm-up or gradient clipping may help; rollbacks=1 goes back to it and passes over the batch"
+        "longer warm-up or gradient clipping may help"
     )
     return TrainingDivergedError(message, batch, saved[-1] if saved else None)
 

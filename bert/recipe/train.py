@@ -142,8 +142,13 @@ def train(config: TrainConfig) -> TrainResult:
             try:
                 return _train(config, skipped)
             except TrainingDivergedError as error:
-                if error.batch is None or error.checkpoint is None or len(skipped) >= config.rollbacks:
+                if error.batch is None or error.checkpoint is None:
                     raise
+                if len(skipped) >= config.rollbacks:
+                    hint = "rollbacks=1 goes back to it and passes over the batch"
+                    if skipped:
+                        hint = f"all {len(skipped)} rollbacks were made"
+                    raise TrainingDivergedError(f"{error}; {hint}", error.batch, error.checkpoint) from error
                 log.warning("%s", error)
                 log.warning("rollback %d of %d to %s", len(skipped) + 1, config.rollbacks, error.checkpoint)
                 skipped.append(error.batch)

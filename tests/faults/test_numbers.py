@@ -67,6 +67,7 @@ def test_what_is_not_finite_is_stopped_and_named(
     assert main([str(recipe()), "save_interval=2ba"]) == 3
     message, folder = capsys.readouterr().err, tmp_path / "runs" / "tiny"
     assert "at batch 6" in message and "ep0-ba4-rank0.pt" in message and str(folder / "diverged.json") in message
+    assert "rollbacks=1 goes back" in message
     assert ("gradients are not finite" in message) == (what == "gradient")
     written = json.loads((folder / "diverged.json").read_text())
     assert written["batch"] == 6 and written["sample_ids"] == [seen[6]]
@@ -99,7 +100,8 @@ def test_rollbacks_are_limited(recipe: Recipe, capsys: pytest.CaptureFixture[str
 
         patch.setattr(NaNGuard, "batch_end", batch_end)
         assert main([str(recipe()), "save_interval=2ba", "rollbacks=2"]) == 3
-    assert "at batch 4" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "at batch 4" in error and "all 2 rollbacks were made" in error and "rollbacks=1" not in error
     assert main([str(recipe(callbacks={})), "rollbacks=1"]) == 2
 
 
