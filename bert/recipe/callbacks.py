@@ -350,7 +350,8 @@ def changed_data(stored: Mapping[str, Any], current: Mapping[str, Any], source: 
 
     The place in the data is a number of samples, and the order of an epoch follows from how many there are.
     """
-    then, now = ({key: (record.get("data") or {}).get(key) for key in _COUNTS} for record in (stored, current))
+    then: dict[str, Any] = {key: (stored.get("data") or {}).get(key) for key in _COUNTS}
+    now: dict[str, Any] = {key: (current.get("data") or {}).get(key) for key in _COUNTS}
     if not all(isinstance(count, int) for count in (*then.values(), *now.values())):
         return []  # of an older version, or of a task that reads other data
     if now["samples"] < then["samples"]:
