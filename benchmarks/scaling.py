@@ -66,11 +66,14 @@ class Run:
 def main() -> None:
     args = arguments()
     if args.draw:
-        draw(args.plot, [row for path in args.draw for row in json.loads(path.read_text())["rows"]])
+        rows = [row for path in args.draw for row in json.loads(path.read_text())["rows"]]
+        if not any(row["session"] == "scaling" for row in rows):
+            raise SystemExit("error: --draw needs outputs of scaling: these are of variants alone")
+        draw(args.plot, rows)
         return
     runs = planned(args)
+    rows = []
     print(f"{device_name()}, {args.batch:,} x {single.LENGTH} tokens, microbatches of at most {args.microbatch}")
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="scaling_") as name:
         folder = Path(name)
         vocabulary = single.SMALL_VOCABULARY if args.small else VOCABULARY
@@ -117,7 +120,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for a process (default: %(default)s)")
     parser.add_argument("--logs", type=Path, help="keep what the processes wrote in this folder")
-    parser.add_argument("--draw", type=Path, nargs="+", metavar="JSON", help="only draw earlier outputs to --plot")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="draw earlier outputs to --plot, and run nothing: other options do not count",
+    )
     parser.add_argument("overrides", nargs="*", help="further key=value for the recipes")
     args = parser.parse_args()
     if args.small:
@@ -343,7 +352,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     common.draw_lines(
         path,
         lines,
-        title="data-parallel pretraining: efficiency",
+        title="data-parallel pretraining: efficiency, each beside one GPU of its machine",
         x_label="GPUs",
         y_label="tokens/s over GPUs x those of one",
         log=False,

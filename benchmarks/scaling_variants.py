@@ -186,7 +186,7 @@ def kernel_times(events: Iterable[Any], wall_s: float, steps: int) -> Kernels | 
         interval = (event.time_range.start, event.time_range.end)
         if event.name.startswith("nccl:"):  # a range of the host's, shown on the device's line
             continue
-        names[interval] = event.name.partition("(")[0][:80]
+        names[interval] = event.name.replace("(anonymous namespace)::", "").partition("(")[0][:80]
         if not event.name.startswith("nccl"):
             compute.append(interval)
             continue
@@ -203,7 +203,10 @@ def kernel_times(events: Iterable[Any], wall_s: float, steps: int) -> Kernels | 
 
 
 def gaps(names: Mapping[Interval, str]) -> list[Gap]:
-    """The longest times between device events (by their interval in microseconds), longest first."""
+    """The longest times between device events (by their interval in microseconds), longest first.
+
+    What is idle before the first event and after the last is none of them.
+    """
     found: list[Gap] = []
     (start, end), *others = sorted(names)
     first, last = start, names[start, end]

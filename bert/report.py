@@ -150,7 +150,8 @@ def search_table(runs: Sequence[Mapping[str, Any]], points: int) -> Rows:
         loss, outcome = run["evaluation_loss"], run["study"]["outcome"]
         text = "" if loss is None else f"{loss:.3f}"
         if outcome == "finished":
-            text += "" if loss != best else " (best)" if len(runs) >= points else " (best of those run)"
+            if loss == best and points > 1:
+                text += " (best)" if len(runs) >= points else " (best of those run)"
         else:
             text = outcome
         rows.append([values, f"{run['steps']:,}", text])

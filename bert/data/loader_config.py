@@ -157,7 +157,7 @@ def _check_mixture(config: DatasetConfig) -> None:
             )
         if config.epoch_size is not None and (given.keys() - {"proportion"}):
             raise DataError(
-                f"{key} counts samples, and so does dataset.epoch_size: give each stream a proportion of it"
+                f"{key} counts samples, and so does dataset.epoch_size: give each stream a proportion, or none"
             )
 
 

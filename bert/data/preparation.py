@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from bert.data.metadata import DatasetMetadata
 from bert.data.packing import LAYOUTS, ConcatPacker, PackingSpec, TruncatePacker, tokenize_chunks
 from bert.data.readers import TEXT_DOCUMENTS
-from bert.data.sources import EMBEDDED, HUB_PREFIX, EmbeddedSource, FileSource, HubSource, TextSource
+from bert.data.sources import EMBEDDED, HUB_PREFIX, EmbeddedSource, FileSource, HubSource, TextSource, is_searched
 from bert.data.tokenizer import backend_json, fingerprint, load_tokenizer, special_token_ids
 from bert.errors import DataError, nearest
 from bert.files import is_remote
@@ -83,13 +83,13 @@ class PrepareSettings:
             raise DataError(f"split_name '{self.split_name}' must be one plain folder name, such as 'train'")
         if not self.source:
             raise DataError("no source is given")
-        written = self.staging if is_remote(self.out) else self.out
+        option, written = ("--staging", self.staging) if is_remote(self.out) else ("--out", self.out)
         for folder in map(Path, self.source):
             # The same command would read its own index for text when it goes on, as would that of the next split.
-            if written is not None and folder.is_dir() and Path(written).resolve().is_relative_to(folder.resolve()):
+            if written is not None and folder.is_dir() and is_searched(Path(written), folder):
                 raise DataError(
-                    f"'{written}', which is written to, lies in the source '{folder}', whose text files are all read: "
-                    "choose another --out, or name the files (--source 'folder/*.jsonl')"
+                    f"{option} '{written}' lies in the source '{folder}', whose text files are all read: choose "
+                    f"another, or name the files (--source '{folder}/*.jsonl')"
                 )
 
 

@@ -187,7 +187,11 @@ def identifier_field(record: dict[str, Any], column: str, place: str) -> str | B
     if column not in record:
         return BrokenRecord(place, f"there is no column '{column}'; it has: {', '.join(record)} (--id-column)")
     value = record[column]
-    return str(value) if type(value) is int else text_field(record, column, place)  # True is no identifier
+    if type(value) is int:  # True is none
+        return str(value)
+    if not isinstance(value, str):
+        return BrokenRecord(place, f"column '{column}' holds neither text nor an integer but {type(value).__name__}")
+    return text_field(record, column, place)
 
 
 def _is_unicode(text: str) -> bool:

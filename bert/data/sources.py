@@ -298,6 +298,12 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def is_searched(path: Path, folder: Path) -> bool:
+    """Say whether a source that is `folder` would read what is in `path`."""
+    path, folder = path.resolve(), folder.resolve()
+    return path.is_relative_to(folder) and not _is_hidden(path, folder)
+
+
 def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 

@@ -320,12 +320,12 @@ class RecipeRecord(Callback):
         """Compare with the checkpoint's record.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another model, tokenizer or larger data; the message lists the
-                differences.
+            CheckpointError: the checkpoint belongs to another model or tokenizer, or was saved with more training
+                data; the message lists the differences.
         """
         stored = json.loads(state["record"])
         check_record(stored, self.record, "the checkpoint")
-        changed_data(stored, self.record, "the checkpoint")
+        check_data(stored, self.record, "the checkpoint")
 
 
 def check_record(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
@@ -342,25 +342,27 @@ def check_record(stored: Mapping[str, Any], current: Mapping[str, Any], source: 
         raise CheckpointError(f"{source} holds another model:{lines}\nUse the recipe that made it, or drop load_path")
 
 
-_COUNTS = ("samples", "documents", "tokens")  # of the data: what tells them from others
+_COUNTS = ("samples", "documents", "tokens")
 
 
-def changed_data(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> list[str]:
-    """Return how the training data differ from those that a run began with; CheckpointError where there are fewer.
+def check_data(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
+    """Warn where the training data's counts are not those that a run began with; CheckpointError for fewer samples.
 
-    The place in the data is a number of samples, and the order of an epoch follows from how many there are.
+    The place in an epoch and its order are made of sample numbers, which fewer samples do not have.
     """
     then: dict[str, Any] = {key: (stored.get("data") or {}).get(key) for key in _COUNTS}
     now: dict[str, Any] = {key: (current.get("data") or {}).get(key) for key in _COUNTS}
     if not all(isinstance(count, int) for count in (*then.values(), *now.values())):
-        return []  # of an older version, or of a task that reads other data
+        return  # of an older version, or of a task that reads other data
     if now["samples"] < then["samples"]:
         raise CheckpointError(
-            f"{source} is a place in {then['samples']:,} samples of training data, which are {now['samples']:,} now: "
-            "give back the data that the run began with, or begin a run from its weights (load_path with "
+            f"{source} was saved with {then['samples']:,} training samples, and there are {now['samples']:,} now: give "
+            "back the data that the run began with, or begin a run from its weights (load_path with "
             "load_weights_only=true, and another run_name)"
         )
-    return differences(then, now, "then", "now")
+    if changes := differences(then, now, "then", "now"):
+        order = ": samples come in another order from here on" if now["samples"] > then["samples"] else ""
+        log.warning("going on from %s in other training data (%s)%s", source, "; ".join(changes), order)
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], then: str, now: str) -> list[str]:

@@ -145,9 +145,9 @@ def train(config: TrainConfig) -> TrainResult:
                 if error.batch is None or error.checkpoint is None:
                     raise
                 if len(skipped) >= config.rollbacks:
-                    hint = "rollbacks=1 goes back to it and passes over the batch"
+                    hint = "rollbacks=1 goes back to that checkpoint and passes over the batch"
                     if skipped:
-                        hint = f"all {len(skipped)} rollbacks were made"
+                        hint = f"no rollback is left of {len(skipped)}"
                     raise TrainingDivergedError(f"{error}; {hint}", error.batch, error.checkpoint) from error
                 log.warning("%s", error)
                 log.warning("rollback %d of %d to %s", len(skipped) + 1, config.rollbacks, error.checkpoint)

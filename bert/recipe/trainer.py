@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import composer
 
 
@@ -13,5 +16,18 @@ class Trainer(composer.Trainer):
     several times, which no recipe has.
     """
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        log = logging.getLogger("composer.trainer.trainer")
+        log.addFilter(_is_news)
+        try:
+            super().__init__(*arguments, **named)
+        finally:
+            log.removeFilter(_is_news)
+
     def _use_closures(self) -> bool:
         return False
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a warning of Composer's is one: that the recipe's model comes compiled is how it should be."""
+    return "is already compiled" not in record.getMessage()

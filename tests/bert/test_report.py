@@ -133,7 +133,7 @@ def test_the_page_says_what_the_files_say(results: Path, tmp_path: Path) -> None
         *("base", "80,267,328", "0.0008", "2", "20", "2.0 M", "3.100 ± 0.141", "40.0 ± 0.0", "500,000 ± 0")
     ]
     assert rows(page, "base")[9:] == ["25.0 ± 0.0", "1.5 ± 0.0", "2.5 h"]
-    assert rows(page, "lr 0.002") == ["lr 0.002", "20", "3.250 (best)"]
+    assert rows(page, "lr 0.002") == ["lr 0.002", "20", "3.250"]
     assert rows(page, "lr 1") == ["lr 1", "20", "diverged"]
     assert "| base |  |  |  |  | 90.0 ± 1.0 |  |  |  | 90.0 (1 of 8) |" in page
     assert rows(page, "published: m2-base-960 (second-hand)")[-1] == "80.9 (8 of 8)"
@@ -160,10 +160,10 @@ def test_unfinished_seeds_are_apart_and_a_search_is_best_of_those_run() -> None:
         ("base (unfinished)", "", "1", "4.000"),
     ]
     assert study.points("rate") == 2
-    assert [search_table(study.runs[2:], points)[1][2] for points in (1, 2)] == [
-        "3.000 (best)",
-        "3.000 (best of those run)",
-    ]
+    two = [*study.runs[2:], pretrained(3.5, about("rate", "rate-2", point={"lr": 2}))]
+    assert [row[2] for row in search_table(two, 2)[1:]] == ["3.000 (best)", "3.500"]
+    assert search_table(two[:1], 2)[1][2] == "3.000 (best of those run)"
+    assert search_table(two[:1], 1)[1][2] == "3.000"  # the only one is not the best of any
 
 
 def test_without_studies_the_page_says_so(tmp_path: Path) -> None:

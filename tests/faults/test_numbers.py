@@ -101,7 +101,7 @@ def test_rollbacks_are_limited(recipe: Recipe, capsys: pytest.CaptureFixture[str
         patch.setattr(NaNGuard, "batch_end", batch_end)
         assert main([str(recipe()), "save_interval=2ba", "rollbacks=2"]) == 3
     error = capsys.readouterr().err
-    assert "at batch 4" in error and "all 2 rollbacks were made" in error and "rollbacks=1" not in error
+    assert "at batch 4" in error and "no rollback is left of 2" in error and "rollbacks=1" not in error
     assert main([str(recipe(callbacks={})), "rollbacks=1"]) == 2
 
 

@@ -281,7 +281,8 @@ def test_saved_tokenizer_is_the_one_used(settings: PrepareSettings, vocab: str, 
         ({"split_name": "../x"}, "split_name"),
         ({"seq_len": 100_000}, "gives no sample"),
         ({"source": ["embedded", "x.txt"]}, "stands alone"),
-        ({"source": ["."], "out": "new/out"}, "lies in the source"),
+        ({"source": ["."], "out": "new/out"}, "--out 'new/out' lies in the source"),
+        ({"source": ["."], "out": "s3://b/x", "staging": "parts"}, "--staging 'parts' lies in the source"),
     ],
 )
 def test_impossible_settings(settings: PrepareSettings, change: dict, message: str) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from bert.data.embedded import embedded_documents
-from bert.data.sources import EmbeddedSource, FileSource, HubSource, TextSource
+from bert.data.sources import EmbeddedSource, FileSource, HubSource, TextSource, is_searched
 from bert.errors import DataError
 
 TEXTS = ["A first text.", "Zwei\nZeilen, “quoted”, and a comma", "третий", "", "日本語 🙂", 'say "six"', "seven"]
@@ -230,3 +230,13 @@ def test_embedded_corpus_is_large_english_and_split() -> None:
     assert len(set(paragraphs)) == len(paragraphs)
     with pytest.raises(DataError, match="did you mean 'validation'"):
         embedded_documents("validatoin")
+
+
+def test_what_a_folder_as_source_reads(tmp_path: Path) -> None:
+    inside, hidden = tmp_path / "new" / "out", tmp_path / ".new" / "out"
+    assert is_searched(inside, tmp_path) and is_searched(tmp_path, tmp_path)
+    assert not is_searched(hidden, tmp_path) and not is_searched(tmp_path, inside)
+    for folder in (inside, hidden):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text("text")
+    assert FileSource([str(tmp_path)]).describe()["num_files"] == 1  # of `inside`

@@ -397,7 +397,7 @@ def mixture(*shares):
         (mixture({"proportion": 0.5}, {}), "streams.b has no proportion, and a has one"),
         (mixture({"proportion": 0}), "streams.a.proportion is 0: give a positive number"),
         (mixture({"repeat": float("nan")}), "streams.a.repeat is nan: give a positive number"),
-        (mixture({"repeat": 2}) | {"epoch_size": 10}, "streams.a counts samples.*a proportion of it"),
+        (mixture({"repeat": 2}) | {"epoch_size": 10}, "streams.a counts samples.*a proportion, or none"),
         ({"mlm_probability": 1.3}, "mlm_probability"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import pickle
 import shutil
@@ -340,6 +341,14 @@ def test_going_on_says_which_settings_changed(recipe: Recipe, tmp_path: Path, ca
     assert main([path, "max_duration=20ba", f"load_path={tmp_path}/runs/tiny/ep0-ba8-rank0.pt"]) == 2
 
 
+def test_that_the_model_comes_compiled_is_no_news(recipe: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "composer.trainer.trainer"):
+        assert main([str(recipe(compile={"backend": "eager"})), "max_duration=2ba"]) == 0
+        logging.getLogger("composer.trainer.trainer").warning("said afterwards: it is already compiled")
+    said = [record.getMessage() for record in caplog.records if record.name == "composer.trainer.trainer"]
+    assert said == ["said afterwards: it is already compiled"]
+
+
 def test_going_on_in_other_data_is_said_and_in_fewer_refused(
     recipe: Recipe, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -355,7 +364,7 @@ def test_going_on_in_other_data_is_said_and_in_fewer_refused(
             assert "samples: 96 then, 104 now" in caplog.text
         else:  # the run went on in 104
             error = capsys.readouterr().err
-            assert f"a place in 104 samples of training data, which are {samples} now" in error
+            assert f"saved with 104 training samples, and there are {samples} now" in error
     weights = f"load_path={tmp_path}/runs/tiny/latest-rank0.pt"
     assert main([path, "run_name=next", weights, "load_weights_only=true", "max_duration=2ba"]) == 0
 
