@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from composer.utils import format_name_with_dist, is_tar
+from filelock import FileLock, Timeout
 from torch import nn
 
 from bert.errors import CheckpointError, RecipeError
@@ -22,6 +24,8 @@ from bert.safe_loading import check_sharded, is_torn, load_checkpoint_file
 log = logging.getLogger(__name__)
 
 LATEST = "latest-rank0.pt"  # the link that Composer moves after each checkpoint is written
+_LOCK = ".lock"
+_LOCK_SECONDS = 10.0  # for what is left of a job that is just being killed
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -29,6 +33,29 @@ def run_folder(config: TrainConfig) -> Path:
     folder = config.save_folder
     local = "runs/{run_name}" if folder is None or is_remote(folder) else folder
     return Path(format_name_with_dist(local, run_name=config.run_name))
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep a run's folder to one job at a time, by a lock that ends with this process, however it ends.
+
+    Raises:
+        RecipeError: another job is training there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except Timeout:
+        raise RecipeError(
+            f"another process is training in {folder}: wait for it, stop it, or choose another run_name"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be locked (%s): do not start a second job there", folder, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from bert.recipe.callbacks import (
 )
 from bert.recipe.data_parallel import compiled_graphs, set_gradient_reduction
 from bert.recipe.heartbeat import LOST_RANK_EXIT_CODE, Heartbeat, LostRankError
-from bert.recipe.resume import check_checkpoint, point_latest_to, run_folder, starting_point
+from bert.recipe.resume import alone_in, check_checkpoint, point_latest_to, run_folder, starting_point
 from bert.recipe.schema import RECIPE_FOLDER, TrainConfig, load_config, to_yaml
 from bert.recipe.stopping import StopOnSignal, TrainingStoppedError
 from bert.recipe.trainer import Trainer
@@ -140,7 +140,8 @@ def train(config: TrainConfig) -> TrainResult:
     with use_kernels(config.kernels):
         while True:
             try:
-                return _train(config, skipped)
+                with contextlib.ExitStack() as held:
+                    return _train(config, skipped, held)
             except TrainingDivergedError as error:
                 if error.batch is None or error.checkpoint is None:
                     raise
@@ -156,7 +157,7 @@ def train(config: TrainConfig) -> TrainResult:
             config = dataclasses.replace(config, autoresume=True)
 
 
-def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
+def _train(config: TrainConfig, skipped: Sequence[int], held: contextlib.ExitStack) -> TrainResult:
     builders.check_config(config)
     _configure_logging(config)
     device = training_device(config.device)
@@ -164,9 +165,13 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
     world_size = dist.get_world_size()
     device_batch = _device_batch("global_train_batch_size", config.global_train_batch_size, world_size)
     eval_batch = _device_batch("global_eval_batch_size", _eval_batch_size(config), world_size)
-    start = starting_point(config)
+    folder = run_folder(config)
     if world_size > 1:
         dist.initialize_dist(device, config.dist_timeout)
+    if dist.get_global_rank() == 0:
+        held.enter_context(alone_in(folder))
+    dist.barrier()  # a job that is ending may still be saving the checkpoint to start from
+    start = starting_point(config)
     clean_stale_shared_memory()
 
     reproducibility.seed_all(config.seed)
@@ -186,7 +191,6 @@ def _train(config: TrainConfig, skipped: Sequence[int] = ()) -> TrainResult:
         point_latest_to(start, config)
     dist.barrier()
 
-    folder = run_folder(config)
     entropy = eval_data.unigram_entropy_nats if eval_data is not None else None
     callbacks = builders.build_callbacks(
         config,

@@ -14,10 +14,11 @@ import composer
 import pytest
 import torch
 from composer.core import State
+from filelock import FileLock
 
 from bert.composer_models import MaskedLanguageModel
 from bert.errors import RecipeError
-from bert.recipe import builders
+from bert.recipe import builders, resume
 from bert.recipe import train as train_module
 from bert.recipe.callbacks import NaNGuard
 from bert.recipe.optim import DecoupledAdamW
@@ -339,6 +340,34 @@ def test_going_on_says_which_settings_changed(recipe: Recipe, tmp_path: Path, ca
     assert main([path, "max_duration=16ba", last]) == 0  # the folder's own last checkpoint, named outright
     assert list(losses(tmp_path / "runs" / "tiny")) == list(range(1, 17))
     assert main([path, "max_duration=20ba", f"load_path={tmp_path}/runs/tiny/ep0-ba8-rank0.pt"]) == 2
+
+
+def test_a_run_s_folder_is_one_job_s_at_a_time(
+    recipe: Recipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resume, "_LOCK_SECONDS", 0)
+    folder = tmp_path / "runs" / "tiny"
+    command = [str(recipe(autoresume=True)), "save_interval=2ba"]
+    assert main([*command, "max_duration=2ba"]) == 0
+    with FileLock(folder / ".lock"):
+        assert main([*command, "max_duration=4ba"]) == 2
+        assert f"another process is training in {folder}" in capsys.readouterr().err
+        assert list(losses(folder)) == [1, 2]
+        assert main([*command, "max_duration=4ba", "run_name=other"]) == 0
+    assert main([*command, "max_duration=4ba"]) == 0
+    assert list(losses(folder)) == [1, 2, 3, 4]
+
+    class NoLock(FileLock):
+        def acquire(self, *_: object, **__: object) -> None:
+            raise OSError("no locks here")
+
+    monkeypatch.setattr(resume, "FileLock", NoLock)  # as some network file systems
+    assert main([*command, "max_duration=6ba"]) == 0
+    assert "cannot be locked (no locks here)" in caplog.text
 
 
 def test_that_the_model_comes_compiled_is_no_news(recipe: Recipe, caplog: pytest.LogCaptureFixture) -> None:
