@@ -71,8 +71,7 @@ def main() -> None:
             raise SystemExit("error: --draw needs outputs of scaling: these are of variants alone")
         draw(args.plot, rows)
         return
-    runs = planned(args)
-    rows = []
+    runs, rows = planned(args), []
     print(f"{device_name()}, {args.batch:,} x {single.LENGTH} tokens, microbatches of at most {args.microbatch}")
     with tempfile.TemporaryDirectory(prefix="scaling_") as name:
         folder = Path(name)

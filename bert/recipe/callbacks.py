@@ -325,7 +325,7 @@ class RecipeRecord(Callback):
         """
         stored = json.loads(state["record"])
         check_record(stored, self.record, "the checkpoint")
-        check_data(stored, self.record, "the checkpoint")
+        _check_data(stored, self.record)
 
 
 def check_record(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
@@ -345,7 +345,7 @@ def check_record(stored: Mapping[str, Any], current: Mapping[str, Any], source: 
 _COUNTS = ("samples", "documents", "tokens")
 
 
-def check_data(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
+def _check_data(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Warn where the training data's counts are not those that a run began with; CheckpointError for fewer samples.
 
     The place in an epoch and its order are made of sample numbers, which fewer samples do not have.
@@ -356,13 +356,13 @@ def check_data(stored: Mapping[str, Any], current: Mapping[str, Any], source: st
         return  # of an older version, or of a task that reads other data
     if now["samples"] < then["samples"]:
         raise CheckpointError(
-            f"{source} was saved with {then['samples']:,} training samples, and there are {now['samples']:,} now: give "
-            "back the data that the run began with, or begin a run from its weights (load_path with "
+            f"the checkpoint was saved with {then['samples']:,} training samples, and there are {now['samples']:,} "
+            "now: give back the data that the run began with, or begin a run from its weights (load_path with "
             "load_weights_only=true, and another run_name)"
         )
     if changes := differences(then, now, "then", "now"):
         order = ": samples come in another order from here on" if now["samples"] > then["samples"] else ""
-        log.warning("going on from %s in other training data (%s)%s", source, "; ".join(changes), order)
+        log.warning("going on in other training data (%s)%s", "; ".join(changes), order)
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], then: str, now: str) -> list[str]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from bert.errors import CheckpointError, RecipeError
 from bert.files import is_remote
-from bert.recipe.callbacks import RecipeRecord, check_data, check_record, differences
+from bert.recipe.callbacks import RecipeRecord, check_record, differences
 from bert.recipe.schema import TrainConfig, read_plain_yaml
 from bert.safe_loading import check_sharded, is_torn, load_checkpoint_file
 
@@ -180,8 +180,7 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any], model: nn
         model: this run's; where only the weights are taken over, their shapes are compared with its own.
 
     Raises:
-        CheckpointError: the file is unreadable, unsafe, another model's or tokenizer's, or was saved with
-            more training data.
+        CheckpointError: the file is unreadable, unsafe, or another model's or tokenizer's.
     """
     if start.path.is_dir():
         check_sharded(start.path)
@@ -206,7 +205,6 @@ def check_checkpoint(start: StartingPoint, current: Mapping[str, Any], model: nn
         check_record({**record, "model": current["model"]}, current, str(start.path))
         return
     check_record(record, current, str(start.path))
-    check_data(record, current, str(start.path))
     changes = differences(recipe, read_plain_yaml(current["recipe"]), "then", "now")
     if changes:
         log.warning(
