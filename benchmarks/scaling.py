@@ -40,7 +40,7 @@ from synthetic_shards import VOCABULARY, write_shards
 
 MODES = ("strong", "weak")
 PROFILE = "profile"
-DEFAULT_VARIANTS = ("default", "no-sync", PROFILE)
+DEFAULT_VARIANTS = ("default", "no-sync", "ddp", PROFILE)
 RECIPES = common.REPOSITORY / "yamls" / "pretrain"
 
 

@@ -48,12 +48,20 @@ class Variant:
 
 
 def _ddp(**arguments: Any) -> Callable[[], Any]:
-    """Give DistributedDataParallel arguments that Composer does not."""
+    """Let DistributedDataParallel reduce the gradients, with arguments that Composer does not give it."""
 
     def prepare(module: torch.nn.Module, find_unused_parameters: bool) -> torch.nn.Module:
         return DistributedDataParallel(module, find_unused_parameters=find_unused_parameters, **arguments)
 
-    return partial(patch, "composer.trainer.trainer.prepare_ddp_module", prepare)
+    @contextlib.contextmanager
+    def patches() -> Iterator[None]:
+        with (
+            patch("composer.trainer.trainer.prepare_ddp_module", prepare),
+            patch("bert.recipe.train._reduces_at_once", lambda config: False),
+        ):
+            yield
+
+    return patches
 
 
 @contextlib.contextmanager
@@ -94,10 +102,11 @@ VARIANTS: dict[str, Variant] = {
     "bf16-reduce": Variant("half the bytes", ("gradient_reduction=bf16",)),
     "overlap": Variant("reduction within the compiled backward pass", ("overlap_reduction=true", "compile=true")),
     "no-cuda-graphs": Variant("kernels are started one by one", ("compile=true",)),
-    "bucket-100": Variant("buckets of 100 MiB, not 25", patches=_ddp(bucket_cap_mb=100)),
-    "bucket-400": Variant("one bucket of up to 400 MiB", patches=_ddp(bucket_cap_mb=400)),
-    "bucket-view": Variant("gradients lie in the buckets", patches=_ddp(gradient_as_bucket_view=True)),
-    "static-graph": Variant("DDP is told that the graph never changes", patches=_ddp(static_graph=True)),
+    "ddp": Variant("DistributedDataParallel reduces, in buckets of 25 MiB", patches=_ddp()),
+    "ddp-100": Variant("the same in buckets of 100 MiB", patches=_ddp(bucket_cap_mb=100)),
+    "ddp-400": Variant("the same in one bucket of up to 400 MiB", patches=_ddp(bucket_cap_mb=400)),
+    "ddp-view": Variant("the same, and gradients lie in the buckets", patches=_ddp(gradient_as_bucket_view=True)),
+    "ddp-static": Variant("the same, told that the graph never changes", patches=_ddp(static_graph=True)),
     "auto-microbatch": Variant(
         "Composer looks for the microbatch", ("device_train_microbatch_size=auto", "compile=false")
     ),

@@ -18,10 +18,12 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist, format_name_with_dist, reproducibility
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from bert.data.masking import IGNORED_LABEL
 from bert.errors import CheckpointError
 from bert.files import save_figure, write_json
+from bert.recipe.data_parallel import average_over_ranks
 
 log = logging.getLogger(__name__)
 
@@ -418,13 +420,24 @@ class GradientBuffers(Callback):
 
     A compiled backward pass that is a CUDA graph writes its gradients to the same addresses each time. The first
     microbatch's would become `.grad` without a copy, and the next one's replay would write over them (PyTorch refuses).
-    Where `.grad` is there already, autograd adds to it. One buffer holds all of a kind: zeroing it is one kernel. A
-    parameter that gets no gradient has zeros, not None: an optimizer then decays it.
+    Where `.grad` is there already, autograd adds to it. One buffer holds all of a kind: zeroing it is one kernel, and
+    adding it up over the ranks one collective. A parameter that gets no gradient has zeros, not None: an optimizer then
+    decays it.
     """
 
     _ALIGNMENT = 64  # elements: each gradient begins where the widest loads may
 
-    def __init__(self) -> None:
+    def __init__(self, reduction: str | None = None) -> None:
+        """Keep them, and exchange them.
+
+        Args:
+            reduction: "fp32" or "bf16": average the buffers over the ranks when a step's last backward pass ends, in
+                place of DistributedDataParallel. That copies each gradient into a bucket and back, parameter by
+                parameter, to start within the backward pass; a whole graph hands over all of them at its end. None:
+                leave it to DistributedDataParallel.
+        """
+        self._reduction = reduction
+        self._taken_over: DistributedDataParallel | None = None  # in a step's last microbatch
         self._parameters: list[torch.nn.Parameter] = []
         self._buffers: list[torch.Tensor] = []
         self._gradients: list[torch.Tensor] = []  # a view for each parameter
@@ -432,6 +445,19 @@ class GradientBuffers(Callback):
     def before_forward(self, state: State, logger: Logger) -> None:
         """Before a batch's first microbatch: Composer has taken the gradients away."""
         self.provide(state.model)
+        model = state.model
+        if self._reduction is not None and isinstance(model, DistributedDataParallel):
+            # (In all microbatches but the last one Composer has it off, by `no_sync`.)
+            self._taken_over = model if model.require_backward_grad_sync else None
+            model.require_backward_grad_sync = False
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        """After the last microbatch: average over the ranks, before anything clips or uses the gradients."""
+        if self._taken_over is not None and self._reduction is not None:
+            self._taken_over.require_backward_grad_sync = True
+            self._taken_over = None
+            for buffer in self._buffers:
+                average_over_ranks(buffer, self._reduction)
 
     def provide(self, model: torch.nn.Module) -> None:
         """Give every parameter of `model`, the same one each time, a gradient of zeros, unless they have theirs."""

@@ -1,4 +1,4 @@
-"""How data-parallel ranks add up their gradients: what Composer does not say to DistributedDataParallel."""
+"""How data-parallel ranks add up their gradients: what Composer leaves to DistributedDataParallel's defaults."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ def set_gradient_reduction(model: torch.nn.Module, reduction: str) -> None:
     """
     if reduction == "bf16" and isinstance(model, DistributedDataParallel):
         model.register_comm_hook(None, bf16_compress_hook)
+
+
+def average_over_ranks(gradients: torch.Tensor, reduction: str) -> None:
+    """Replace gradients by their mean over the ranks, exchanged in "fp32" or "bf16" (see `set_gradient_reduction`)."""
+    gradients /= torch.distributed.get_world_size()
+    exchanged = gradients.bfloat16() if reduction == "bf16" else gradients
+    torch.distributed.all_reduce(exchanged)
+    if exchanged is not gradients:
+        gradients.copy_(exchanged)
 
 
 @contextlib.contextmanager

@@ -215,8 +215,9 @@ def _train(config: TrainConfig, skipped: Sequence[int], held: contextlib.ExitSta
             task.save_tokenizer(folder)
     stop, heartbeat = StopOnSignal(), Heartbeat(config.heartbeat_timeout)
     callbacks += [RecipeRecord(record), RandomStateOnResume(), SkipBatches(skipped), heartbeat, stop]
-    if _needs_gradient_buffers(config, device_batch):
-        callbacks.append(GradientBuffers())
+    reduction = config.gradient_reduction if world_size > 1 and _reduces_at_once(config) else None
+    if reduction is not None or _needs_gradient_buffers(config, device_batch):
+        callbacks.append(GradientBuffers(reduction))
     with safe_loading():
         trainer = Trainer(
             model=_compiled(config, model),
@@ -230,7 +231,8 @@ def _train(config: TrainConfig, skipped: Sequence[int], held: contextlib.ExitSta
             **_trainer_arguments(config, device, device_batch, stop),
         )
     try:
-        set_gradient_reduction(trainer.state.model, config.gradient_reduction)
+        if reduction is None:
+            set_gradient_reduction(trainer.state.model, config.gradient_reduction)
         elapsed = trainer.state.get_elapsed_duration()
         if elapsed is None or elapsed.value < 1.0:
             graphs = compiled_graphs(cut=config.overlap_reduction) if config.compile else contextlib.nullcontext()
@@ -432,6 +434,13 @@ def _needs_gradient_buffers(config: TrainConfig, device_batch: int) -> bool:
     micro = config.device_train_microbatch_size
     several = isinstance(micro, int) and micro < device_batch  # (auto has no CUDA graphs)
     return several and builders.uses_cuda_graphs(config) and not config.parallelism_config
+
+
+def _reduces_at_once(config: TrainConfig) -> bool:
+    """Whether gradients all come at the end of the backward pass: a model compiled as a whole, not sharded."""
+    whole = builders.compile_arguments(config) is not None and not config.overlap_reduction
+    # (While Composer looks for a microbatch it begins the same one several times.)
+    return whole and not config.parallelism_config and config.device_train_microbatch_size != builders.AUTO
 
 
 def _compiled(config: TrainConfig, model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bert.composer_models import MaskedAccuracy, MaskedCrossEntropy
 from bert.errors import RecipeError
 from bert.recipe.builders import check_config
+from bert.recipe.callbacks import GradientBuffers
 from bert.recipe.data_parallel import compiled_graphs, set_gradient_reduction
 from bert.recipe.schema import load_config
 from bert.recipe.train import main
@@ -73,11 +77,17 @@ def losses(folder: Path) -> list[float]:
 def test_two_ranks_train_like_one(recipe: Recipe, tmp_path: Path) -> None:
     common = [str(recipe(callbacks={"loader_monitor": {}})), "model.config.hidden_dropout_prob=0.0", "max_duration=6ba"]
     assert main([*common, "run_name=n1"]) == 0
-    graph = "compile={backend: aot_eager, fullgraph: true}"  # one graph, in spite of what wraps the model
+    # One graph, in spite of what wraps the model: its gradients are exchanged at once. Two microbatches a rank.
+    graph = ["compile={backend: aot_eager, fullgraph: true}", "device_train_microbatch_size=2", "eval_loader=null"]
     runs = [[*common, "run_name=n2"], [*common, "run_name=bf16", "gradient_reduction=bf16"]]
-    train_on_two_ranks(tmp_path, [*runs, [*common, "run_name=graph", graph, "max_duration=2ba", "eval_loader=null"]])
-    one, two, bf16, compiled = (tmp_path / "runs" / name for name in ("n1", "n2", "bf16", "graph"))
-    assert losses(compiled)[0] == pytest.approx(losses(two)[0], abs=1e-4)
+    runs += [[*common, *graph, "run_name=graph"], [*common, *graph, "run_name=graph16", "gradient_reduction=bf16"]]
+    train_on_two_ranks(tmp_path, runs)
+    names = ("n1", "n2", "bf16", "graph", "graph16")
+    one, two, bf16, compiled, compiled16 = (tmp_path / "runs" / name for name in names)
+    assert len(losses(compiled)) == 6
+    assert losses(compiled) == pytest.approx(losses(one), abs=1e-4)
+    assert losses(compiled16) == pytest.approx(losses(bf16), abs=1e-3)
+    assert losses(compiled16)[1:] != losses(compiled)[1:]
     assert len(losses(one)) == 6
     assert losses(one) == pytest.approx(losses(two), abs=1e-4)
     for metric in ("MaskedCrossEntropy", "MaskedPerplexity", "MaskedAccuracy"):
@@ -137,6 +147,33 @@ def test_what_the_ranks_exchange(alone: None, reduction: str) -> None:
     for parameter, gradient in zip(model.parameters(), exact, strict=True):
         expected = 2 * gradient if reduction == "fp32" else (2 * gradient).bfloat16().float()
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["fp32", "bf16"])
+def test_buffers_are_exchanged_once(alone: None, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last microbatch, all gradients together; by DistributedDataParallel, left as it was, nothing."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 2))
+    ranks = DistributedDataParallel(model)
+    exchanged: list[torch.dtype] = []
+    all_reduce = torch.distributed.all_reduce
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: (exchanged.append(x.dtype), all_reduce(x)))
+    ranks.register_comm_hook(None, lambda _, bucket: pytest.fail("DistributedDataParallel reduces"))
+    callback, state, logger = GradientBuffers(reduction), SimpleNamespace(model=ranks), Mock()
+    for _ in range(2):
+        microbatches = torch.randn(2, 3, 5)
+        exact = torch.autograd.grad(model(microbatches).square().sum(), list(model.parameters()))
+        model.zero_grad(set_to_none=True)
+        for microbatch, context in zip(microbatches, (ranks.no_sync, contextlib.nullcontext), strict=True):
+            with context():
+                callback.before_forward(state, logger)
+                ranks(microbatch).square().sum().backward()
+                callback.after_backward(state, logger)
+        for parameter, gradient in zip(model.parameters(), exact, strict=True):
+            tolerance = 1e-6 if reduction == "fp32" else 2**-8
+            torch.testing.assert_close(parameter.grad, gradient, rtol=tolerance, atol=1e-5)
+        assert ranks.require_backward_grad_sync
+    assert exchanged == 2 * [torch.bfloat16 if reduction == "bf16" else torch.float32]
 
 
 def test_metrics_are_gathered(alone: None) -> None:
