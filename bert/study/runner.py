@@ -189,13 +189,16 @@ class Study:
         """How a run is made; None while a result that it follows from is missing.
 
         Raises:
-            RecipeError: no run of the job that it takes its values from has come to a result.
+            RecipeError: no run of the job that it takes its values from has come to a result, or what it starts from
+                has diverged.
         """
         job = run.config
         source = self._start(run)
         start = None if source is None else self._planned(source)
         if source is not None and start is None:
             return None
+        if source is not None and self._has_diverged(source):
+            raise RecipeError(f"{run.name}: {source.run.name}, which it starts from, has diverged")
         if job.pretrain is not None:
             best, steps = self._best(run), self._steps(run)
             if best is None or steps == 0:
@@ -270,6 +273,10 @@ class Study:
     def _marker(self, run: Run) -> Path:
         return self.work_folder / "done" / f"{run.name}.json"
 
+    def _has_diverged(self, progress: Progress) -> bool:
+        result = self._finished(progress)
+        return result is not None and result["study"]["outcome"] == DIVERGED
+
     def _has_folder(self, progress: Progress) -> bool:
         """Whether what others start from is there, and this run's."""
         plan = self._planned(progress)
@@ -300,7 +307,7 @@ class Study:
     def _serves(self, other: Progress, run: Run) -> bool:
         """Whether `other` is done, as far as `run` needs it."""
         if other is self._start(run):
-            return self._has_folder(other)
+            return self._has_folder(other) or self._has_diverged(other)  # to be made again would not help
         job = other.run.job
         needs_all = job in (run.config.best_of, *run.config.needs)
         gives_speed = job == run.config.speed_of and other is self._of_job(job)[0]

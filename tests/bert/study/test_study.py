@@ -186,6 +186,22 @@ def test_results_travel_and_checkpoints_are_made_again_only_where_they_are_neede
     assert place.result("base-seed-1")["minutes"] == 99  # what followed from the first result still does
 
 
+def test_nothing_starts_from_a_run_that_diverged(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    jobs = {
+        "base": {"pretrain": "recipe.yaml", "set": {"optimizer.lr": 10}},
+        "tasks": {"glue": "glue.yaml", "checkpoint": "base"},
+    }
+    path = str(place.write(jobs))
+    for calls in (["base"], []):  # nor is it made again
+        assert main([path]) == 1
+        assert place.calls() == calls
+        assert "tasks: base, which it starts from, has diverged" in caplog.text
+        caplog.clear()
+    subprocess.run(["rm", "-r", place.folder / "runs"], check=True)
+    assert main([path]) == 1
+    assert place.calls() == []
+
+
 def test_what_a_job_needs_comes_right_before_it(place: Place) -> None:
     small = {"pretrain": "recipe.yaml", "set": {"max_duration": "2ba"}}
     jobs = {"b": small, "a": small, "of_b": {**small, "checkpoint": "b"}, "of_a": {**small, "checkpoint": "a"}}
