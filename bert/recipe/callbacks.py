@@ -422,7 +422,7 @@ class GradientBuffers(Callback):
     microbatch's would become `.grad` without a copy, and the next one's replay would write over them (PyTorch refuses).
     Where `.grad` is there already, autograd adds to it. One buffer holds all of a kind: zeroing it is one kernel, and
     adding it up over the ranks one collective. A parameter that gets no gradient has zeros, not None: an optimizer then
-    decays it.
+    decays it, and DistributedDataParallel would have refused it.
     """
 
     _ALIGNMENT = 64  # elements: each gradient begins where the widest loads may
@@ -456,6 +456,8 @@ class GradientBuffers(Callback):
         if self._taken_over is not None and self._reduction is not None:
             self._taken_over.require_backward_grad_sync = True
             self._taken_over = None
+            if not self._hold_all():
+                raise RuntimeError("gradients were replaced within a step: they are not where the ranks exchange them")
             for buffer in self._buffers:
                 average_over_ranks(buffer, self._reduction)
 
@@ -463,12 +465,18 @@ class GradientBuffers(Callback):
         """Give every parameter of `model`, the same one each time, a gradient of zeros, unless they have theirs."""
         if not self._buffers:
             self._allocate(model)
-        if self._parameters[0].grad is not None:
+        if self._hold_all():
             return
         for buffer in self._buffers:
             buffer.zero_()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
+            if parameter.requires_grad:
+                parameter.grad = gradient
+
+    def _hold_all(self) -> bool:
+        # Of all, not of the first: one that is frozen in training keeps the gradient that it has, or has none.
+        pairs = zip(self._parameters, self._gradients, strict=True)
+        return all(parameter.grad is gradient for parameter, gradient in pairs if parameter.requires_grad)
 
     def _allocate(self, model: torch.nn.Module) -> None:
         kinds: dict[tuple[torch.dtype, torch.device], list[torch.nn.Parameter]] = {}

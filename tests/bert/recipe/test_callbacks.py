@@ -202,3 +202,20 @@ def test_gradients_keep_their_memory_and_add_up() -> None:
         addresses.append([gradient.data_ptr() for gradient in found])
     assert addresses[0] == addresses[1]
     assert model[0].bias.grad is None
+
+
+def test_gradients_stay_in_their_memory_when_a_layer_is_frozen() -> None:
+    """As Composer's layer freezing does it: no longer in the optimizer, so that its gradient is never taken away."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+    callback, addresses = GradientBuffers(), []
+    for _ in range(2):
+        model[1].zero_grad(set_to_none=True)
+        inputs = torch.randn(4, 3)
+        exact = torch.autograd.grad(model(inputs).square().sum(), list(model[1].parameters()))
+        callback.before_forward(state(model=model), LOGGER)
+        model(inputs).square().sum().backward()
+        found = [p.grad for p in model[1].parameters() if p.grad is not None]
+        torch.testing.assert_close(found, list(exact))
+        addresses.append([gradient.data_ptr() for gradient in found])
+        model[0].requires_grad_(False)
+    assert addresses[0] == addresses[1]

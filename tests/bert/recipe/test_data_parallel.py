@@ -78,7 +78,7 @@ def test_two_ranks_train_like_one(recipe: Recipe, tmp_path: Path) -> None:
     common = [str(recipe(callbacks={"loader_monitor": {}})), "model.config.hidden_dropout_prob=0.0", "max_duration=6ba"]
     assert main([*common, "run_name=n1"]) == 0
     # One graph, in spite of what wraps the model: its gradients are exchanged at once. Two microbatches a rank.
-    graph = ["compile={backend: aot_eager, fullgraph: true}", "device_train_microbatch_size=2", "eval_loader=null"]
+    graph = ["compile={backend: aot_eager, fullgraph: true}", "device_train_microbatch_size=2", "eval_interval=2ba"]
     runs = [[*common, "run_name=n2"], [*common, "run_name=bf16", "gradient_reduction=bf16"]]
     runs += [[*common, *graph, "run_name=graph"], [*common, *graph, "run_name=graph16", "gradient_reduction=bf16"]]
     train_on_two_ranks(tmp_path, runs)
@@ -174,6 +174,10 @@ def test_buffers_are_exchanged_once(alone: None, reduction: str, monkeypatch: py
             torch.testing.assert_close(parameter.grad, gradient, rtol=tolerance, atol=1e-5)
         assert ranks.require_backward_grad_sync
     assert exchanged == 2 * [torch.bfloat16 if reduction == "bf16" else torch.float32]
+    callback.before_forward(state, logger)
+    model[1].bias.grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match="replaced within a step"):
+        callback.after_backward(state, logger)
 
 
 def test_metrics_are_gathered(alone: None) -> None:
