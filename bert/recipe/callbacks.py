@@ -445,11 +445,16 @@ class GradientBuffers(Callback):
     def before_forward(self, state: State, logger: Logger) -> None:
         """Before a batch's first microbatch: Composer has taken the gradients away."""
         self.provide(state.model)
+        if self._reduction is None:
+            return
         model = state.model
-        if self._reduction is not None and isinstance(model, DistributedDataParallel):
-            # (In all microbatches but the last one Composer has it off, by `no_sync`.)
-            self._taken_over = model if model.require_backward_grad_sync else None
-            model.require_backward_grad_sync = False
+        if not isinstance(model, DistributedDataParallel):
+            raise TypeError(f"gradients are to be exchanged, but the model, {type(model).__name__}, is one rank's")
+        if self._taken_over is not None:  # by a microbatch that an error ended
+            self._taken_over.require_backward_grad_sync = True
+        # (In all microbatches but the last one Composer has it off, by `no_sync`.)
+        self._taken_over = model if model.require_backward_grad_sync else None
+        model.require_backward_grad_sync = False
 
     def after_backward(self, state: State, logger: Logger) -> None:
         """After the last microbatch: average over the ranks, before anything clips or uses the gradients."""

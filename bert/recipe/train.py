@@ -227,6 +227,8 @@ def _train(config: TrainConfig, skipped: Sequence[int], held: contextlib.ExitSta
             algorithms=builders.build_algorithms(config),
             callbacks=callbacks,
             loggers=loggers,
+            # (Layer freezing would have each microbatch synchronised: DistributedDataParallel would need it.)
+            ddp_sync_strategy=None if reduction is None else "single_auto_sync",
             **_evaluation_arguments(config, eval_batch, task),
             **_trainer_arguments(config, device, device_batch, stop),
         )

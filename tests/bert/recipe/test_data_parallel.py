@@ -174,6 +174,7 @@ def test_buffers_are_exchanged_once(alone: None, reduction: str, monkeypatch: py
             torch.testing.assert_close(parameter.grad, gradient, rtol=tolerance, atol=1e-5)
         assert ranks.require_backward_grad_sync
     assert exchanged == 2 * [torch.bfloat16 if reduction == "bf16" else torch.float32]
+    callback.before_forward(state, logger)  # of a microbatch that an error ends
     callback.before_forward(state, logger)
     model[1].bias.grad = torch.ones(2)
     with pytest.raises(RuntimeError, match="replaced within a step"):
