@@ -278,11 +278,12 @@ class Study:
         return result is not None and result["study"]["outcome"] == DIVERGED
 
     def _has_folder(self, progress: Progress) -> bool:
-        """Whether what others start from is there, and this run's."""
+        """Whether what others start from is there, this run's, and sound: made again, it may diverge this time."""
         plan = self._planned(progress)
         if plan is None or not plan.folder.exists():
             return False
-        return _result_of(self._marker(progress.run), plan.key) is not None
+        made = _result_of(self._marker(progress.run), plan.key)
+        return made is not None and made["study"]["outcome"] == FINISHED
 
     def _choose(self, jobs: set[str]) -> None:
         """Mark what is to be run: what has no result, and what leaves something that those start from.
@@ -316,7 +317,7 @@ class Study:
     def _starts_others(self, progress: Progress) -> bool:
         """Whether a run that is still to be made starts from this one's weights, which are not there."""
         waiting = (p.run for p in self.runs.values() if p.wanted and p.state == WAITING)
-        return any(self._start(run) is progress for run in waiting) and not self._has_folder(progress)
+        return any(self._start(run) is progress and not self._serves(progress, run) for run in waiting)
 
     # --- the processes
 

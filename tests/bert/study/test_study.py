@@ -202,6 +202,34 @@ def test_nothing_starts_from_a_run_that_diverged(place: Place, caplog: pytest.Lo
     assert place.calls() == []
 
 
+def test_nothing_starts_from_a_run_that_diverges_when_it_is_made_again(place: Place) -> None:
+    jobs = {"base": {"pretrain": "recipe.yaml"}, "tasks": {"glue": "glue.yaml", "checkpoint": "base"}}
+    path = str(place.write(jobs))
+    assert main([path]) == 0
+    place.calls()
+    subprocess.run(["rm", "-r", place.folder / "runs", place.folder / "results/s/tasks.json"], check=True)
+    (place.folder / "main.py").write_text(STAND_IN.replace("if lr > 1:", "if batch == 3:"))
+    assert main([path]) == 1
+    assert place.calls() == ["base"]
+    assert not (place.folder / "results/s/tasks.json").exists()
+    assert place.result("base")["study"]["outcome"] == "finished"  # the first result stays
+
+
+def test_a_run_that_diverged_is_not_made_again_when_its_search_is(place: Place) -> None:
+    jobs = {
+        "search": {"pretrain": "recipe.yaml", "grid": {"optimizer.lr": [0.1]}, "set": {"max_duration": "4ba"}},
+        "base": {"pretrain": "recipe.yaml", "best_of": "search"},
+        "tasks": {"glue": "glue.yaml", "checkpoint": "base"},
+    }
+    path = str(place.write(jobs))
+    (place.folder / "main.py").write_text(STAND_IN.replace("if lr > 1:", "if batch == 5:"))
+    assert main([path]) == 1
+    assert place.calls() == ["search-lr-0.1", "base"]
+    subprocess.run(["rm", "-r", place.folder / "runs", place.folder / "results/s/search-lr-0.1.json"], check=True)
+    assert main([path]) == 1
+    assert place.calls() == ["search-lr-0.1"]
+
+
 def test_what_a_job_needs_comes_right_before_it(place: Place) -> None:
     small = {"pretrain": "recipe.yaml", "set": {"max_duration": "2ba"}}
     jobs = {"b": small, "a": small, "of_b": {**small, "checkpoint": "b"}, "of_a": {**small, "checkpoint": "a"}}
